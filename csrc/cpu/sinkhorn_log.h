@@ -1,0 +1,338 @@
+// Sinkhorn in the log domain, in double: the way that works for every cost and epsilon, two exponentials an entry and
+// iteration. X = C / epsilon, phi = f / epsilon, gamma = g / epsilon; each sum is shifted by its largest term.
+//   phi_i = log a_i - LSE_j(gamma_j - X_ij),   gamma_j = log b_j - LSE_i(phi_i - X_ij),   P = exp(phi + gamma - X)
+// A row or column without mass, or without a finite cost to one that has mass, gets -inf and takes no part.
+// The adjoint is that of sinkhorn_scaling_bwd.h with u K v written as one exponential.
+#pragma once
+#include "sinkhorn_buffers.h"
+
+namespace otkd_fast {
+namespace OTKD_ISA {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+template <class T>
+class LogDomain {
+    using V = Vec<double>;
+
+  public:
+    LogDomain(const SinkhornArgs<T>& args, Arena& arena, int threads, bool backward)
+        : args_(args), n_(args.n), m_(args.m), ld_(round_up(args.m, width<double>)), exp_(1.0) {
+        x_ = arena.take<double>(n_ * ld_);
+        log_a_ = arena.take<double>(n_);
+        phi_ = arena.take<double>(n_);
+        row_sums_ = arena.take<double>(n_);
+        log_b_ = arena.take<double>(ld_);
+        gamma_ = arena.take<double>(ld_);
+        top_ = arena.take<double>(ld_);
+        column_sums_ = arena.take<double>(ld_);
+        partial_ = arena.take<double>(threads * ld_);
+        reduction_.slots = arena.take<double>(threads * kSlots);
+        if (!backward) return;
+        grad_ = arena.take<double>(n_ * ld_);
+        first_ = arena.take<double>(n_);
+        sum_phi_ = arena.take<double>(n_);
+        gamma_bar_ = arena.take<double>(ld_);
+        sum_gamma_ = arena.take<double>(ld_);
+        w_ = arena.take<double>(ld_);
+        before_ = arena.take<double>(ld_);
+    }
+
+    void forward(const Problem<T>& p, const Team& team);
+    void backward(const Problem<T>& p, const Team& team);
+
+  private:
+    void start(const Problem<T>& p, const Team& team);
+    void row_updates(int64_t begin, int64_t end);
+    void column_updates(const Team& team);
+    void plan_sums(const Team& team, double& transport_cost);
+    void first_adjoint(const Problem<T>& p, const Team& team);
+    void adjoint_loop(const Problem<T>& p, const Team& team);
+    void write_gradients(const Problem<T>& p, const Team& team, bool unroll);
+    void rows_of(const Team& team, int64_t& begin, int64_t& end) const {
+        split(n_, 1, team.size, team.rank, begin, end);
+    }
+    void columns_of(const Team& team, int64_t& begin, int64_t& end) const {
+        split(ld_, width<double>, team.size, team.rank, begin, end);
+    }
+    double* own_sums(const Team& team, double fill) const {
+        double* sums = partial_ + team.rank * ld_;
+        for (int64_t j = 0; j < ld_; ++j) sums[j] = fill;
+        return sums;
+    }
+    V plan(const double* x, double phi, const double* gamma, int64_t j) const {
+        return exp_(phi + load(gamma + j) - load(x + j));
+    }
+
+    const SinkhornArgs<T>& args_;
+    const int64_t n_, m_, ld_;
+    const ScaledExp<double> exp_;
+    double *x_, *log_a_, *phi_, *row_sums_, *log_b_, *gamma_, *top_, *column_sums_, *partial_;
+    Reduction reduction_;
+    double *grad_ = nullptr, *first_ = nullptr, *sum_phi_ = nullptr, *gamma_bar_ = nullptr, *sum_gamma_ = nullptr;
+    double *w_ = nullptr, *before_ = nullptr;
+};
+
+template <class T>
+void LogDomain<T>::start(const Problem<T>& p, const Team& team) {
+    int64_t begin, end;
+    rows_of(team, begin, end);
+    for (int64_t i = begin; i < end; ++i) {
+        const T* row = p.cost() + i * m_;
+        for (int64_t j = 0; j < ld_; ++j) x_[i * ld_ + j] = j < m_ ? row[j] / args_.epsilon : kInfinity;
+        log_a_[i] = std::log(p.mass_a(i));
+        phi_[i] = log_a_[i] > -kInfinity ? 0.0 : -kInfinity;
+    }
+    columns_of(team, begin, end);
+    for (int64_t j = begin; j < end; ++j) {
+        log_b_[j] = j < m_ ? std::log(p.mass_b(j)) : -kInfinity;
+        gamma_[j] = log_b_[j] > -kInfinity ? 0.0 : -kInfinity;
+    }
+    team.barrier();
+}
+
+template <class T>
+void LogDomain<T>::row_updates(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+        if (!(log_a_[i] > -kInfinity)) continue;
+        const double* x = x_ + i * ld_;
+        V best = splat(-kInfinity);
+        for (int64_t j = 0; j < ld_; j += width<double>) best = max<double>(load(gamma_ + j) - load(x + j), best);
+        const double top = largest<double>(best);
+        if (top == -kInfinity) {
+            phi_[i] = -kInfinity;
+            continue;
+        }
+        V total = {};
+        for (int64_t j = 0; j < ld_; j += width<double>) total += exp_(load(gamma_ + j) - load(x + j) - top);
+        phi_[i] = log_a_[i] - top - std::log(sum<double>(total));
+    }
+}
+
+template <class T>
+void LogDomain<T>::column_updates(const Team& team) {
+    int64_t row0, row1, column0, column1;
+    rows_of(team, row0, row1);
+    columns_of(team, column0, column1);
+    double* sums = own_sums(team, -kInfinity);
+    for (int64_t i = row0; i < row1; ++i) {
+        if (phi_[i] == -kInfinity) continue;
+        const double* x = x_ + i * ld_;
+        for (int64_t j = 0; j < ld_; j += width<double>) store(sums + j, max<double>(phi_[i] - load(x + j), load(sums + j)));
+    }
+    team.barrier();
+    for (int64_t j = column0; j < column1; ++j) {
+        double best = partial_[j];
+        for (int r = 1; r < team.size; ++r) best = partial_[r * ld_ + j] > best ? partial_[r * ld_ + j] : best;
+        top_[j] = best > -kInfinity ? best : 0.0;
+    }
+    team.barrier();
+    sums = own_sums(team, 0.0);
+    for (int64_t i = row0; i < row1; ++i) {
+        if (phi_[i] == -kInfinity) continue;
+        const double* x = x_ + i * ld_;
+        for (int64_t j = 0; j < ld_; j += width<double>) {
+            store(sums + j, load(sums + j) + exp_(phi_[i] - load(x + j) - load(top_ + j)));
+        }
+    }
+    team.barrier();
+    for (int64_t j = column0; j < column1; ++j) {
+        double total = 0;
+        for (int r = 0; r < team.size; ++r) total += partial_[r * ld_ + j];
+        gamma_[j] = total == 0 ? -kInfinity : log_b_[j] - top_[j] - std::log(total);
+    }
+    team.barrier();
+}
+
+// Row sums and column sums of the plan, and <P, C>.
+template <class T>
+void LogDomain<T>::plan_sums(const Team& team, double& transport_cost) {
+    int64_t begin, end;
+    rows_of(team, begin, end);
+    double* sums = own_sums(team, 0.0);
+    double moved_total = 0;
+    const V zero = {};
+    for (int64_t i = begin; i < end; ++i) {
+        const double* x = x_ + i * ld_;
+        V mass = {}, moved = {};
+        for (int64_t j = 0; j < ld_; j += width<double>) {
+            const V entry = plan(x, phi_[i], gamma_, j);
+            mass += entry;
+            moved += entry > zero ? entry * load(x + j) : zero;
+            store(sums + j, load(sums + j) + entry);
+        }
+        row_sums_[i] = sum<double>(mass);
+        moved_total += sum<double>(moved);
+    }
+    reduction_.put(team, 0, moved_total);
+    team.barrier();
+    columns_of(team, begin, end);
+    for (int64_t j = begin; j < end; ++j) {
+        column_sums_[j] = 0;
+        for (int r = 0; r < team.size; ++r) column_sums_[j] += partial_[r * ld_ + j];
+    }
+    transport_cost = reduction_.sum(team, 0) * args_.epsilon;
+    team.barrier();
+}
+
+template <class T>
+void LogDomain<T>::forward(const Problem<T>& p, const Team& team) {
+    start(p, team);
+    int64_t begin, end;
+    for (int64_t t = 0; t < args_.num_iters; ++t) {
+        double *kept_phi = p.kept_u(t), *kept_gamma = p.kept_v(t);
+        rows_of(team, begin, end);
+        row_updates(begin, end);
+        for (int64_t i = begin; kept_phi && i < end; ++i) kept_phi[i] = phi_[i];
+        column_updates(team);
+        columns_of(team, begin, end);
+        for (int64_t j = begin; kept_gamma && j < end && j < m_; ++j) kept_gamma[j] = gamma_[j];
+    }
+    double transport_cost;
+    plan_sums(team, transport_cost);
+    if (team.rank == 0) {
+        write_outputs(
+            p, row_sums_, column_sums_, transport_cost, [&](int64_t i) { return phi_[i]; },
+            [&](int64_t j) { return gamma_[j]; });
+    }
+    team.barrier();
+}
+
+template <class T>
+void LogDomain<T>::first_adjoint(const Problem<T>& p, const Team& team) {
+    const double eps = args_.epsilon;
+    const double of_transport = p.incoming(args_.grad_transport_cost), of_dual = p.incoming(args_.grad_regularized_cost);
+    int64_t begin, end;
+    rows_of(team, begin, end);
+    double* sums = own_sums(team, 0.0);
+    const V zero = {};
+    for (int64_t i = begin; i < end; ++i) {
+        const double* x = x_ + i * ld_;
+        for (int64_t j = 0; j < ld_; j += width<double>) store(grad_ + i * ld_ + j, zero);
+        first_[i] = sum_phi_[i] = 0;
+        if (phi_[i] == -kInfinity) continue;
+        V mass = {}, moved = {};
+        for (int64_t j = 0; j < ld_; j += width<double>) {
+            const V entry = plan(x, phi_[i], gamma_, j);
+            const V cost = entry > zero ? entry * load(x + j) * eps : zero;
+            mass += entry;
+            moved += cost;
+            store(sums + j, load(sums + j) + cost);
+        }
+        first_[i] = of_transport * sum<double>(moved) + of_dual * eps * (std::exp(log_a_[i]) - sum<double>(mass));
+        if (args_.grad_f) first_[i] += eps * args_.grad_f[p.index * n_ + i];
+    }
+    team.barrier();
+    columns_of(team, begin, end);
+    for (int64_t j = begin; j < end; ++j) {
+        gamma_bar_[j] = sum_gamma_[j] = 0;
+        if (gamma_[j] == -kInfinity) continue;
+        for (int r = 0; r < team.size; ++r) gamma_bar_[j] += of_transport * partial_[r * ld_ + j];
+        if (args_.grad_g) gamma_bar_[j] += eps * args_.grad_g[p.index * m_ + j];
+    }
+    team.barrier();
+}
+
+// grad_ collects sum_t of Q w + R z, with Q and R the plans after the column and after the row update.
+template <class T>
+void LogDomain<T>::adjoint_loop(const Problem<T>& p, const Team& team) {
+    int64_t row0, row1, column0, column1;
+    rows_of(team, row0, row1);
+    columns_of(team, column0, column1);
+    for (int64_t t = args_.num_iters - 1; t >= 0; --t) {
+        const double *phi = p.kept_u(t), *gamma = p.kept_v(t), *before = t ? p.kept_v(t - 1) : nullptr;
+        for (int64_t j = column0; j < column1; ++j) {
+            const bool used = log_b_[j] > -kInfinity;
+            gamma_[j] = used ? gamma[j] : -kInfinity;
+            w_[j] = gamma_[j] > -kInfinity ? gamma_bar_[j] * std::exp(-log_b_[j]) : 0.0;
+            before_[j] = !used ? -kInfinity : before ? before[j] : 0.0;
+            sum_gamma_[j] += gamma_[j] > -kInfinity ? gamma_bar_[j] : 0.0;
+        }
+        double* sums = own_sums(team, 0.0);
+        team.barrier();
+        for (int64_t i = row0; i < row1; ++i) {
+            if (phi[i] == -kInfinity) continue;
+            const double* x = x_ + i * ld_;
+            double* grad = grad_ + i * ld_;
+            V total = {};
+            for (int64_t j = 0; j < ld_; j += width<double>) {
+                const V qw = plan(x, phi[i], gamma_, j) * load(w_ + j);
+                total += qw;
+                store(grad + j, load(grad + j) + qw);
+            }
+            const double bar = (t == args_.num_iters - 1 ? first_[i] : 0.0) - sum<double>(total);
+            sum_phi_[i] += bar;
+            const double z = bar * std::exp(-log_a_[i]);
+            for (int64_t j = 0; j < ld_; j += width<double>) {
+                const V rz = plan(x, phi[i], before_, j) * z;
+                store(grad + j, load(grad + j) + rz);
+                store(sums + j, load(sums + j) + rz);
+            }
+        }
+        team.barrier();
+        for (int64_t j = column0; j < column1; ++j) {
+            gamma_bar_[j] = 0;
+            for (int r = 0; r < team.size; ++r) gamma_bar_[j] -= partial_[r * ld_ + j];
+        }
+        team.barrier();
+    }
+}
+
+template <class T>
+void LogDomain<T>::write_gradients(const Problem<T>& p, const Team& team, bool unroll) {
+    const double eps = args_.epsilon;
+    const double of_transport = p.incoming(args_.grad_transport_cost), of_dual = p.incoming(args_.grad_regularized_cost);
+    const double *phi = p.kept_u(args_.num_iters - 1), *gamma = p.kept_v(args_.num_iters - 1);
+    int64_t begin, end;
+    rows_of(team, begin, end);
+    for (int64_t i = begin; args_.grad_cost && i < end; ++i) {
+        T* out = args_.grad_cost + (p.index * n_ + i) * m_;
+        for (int64_t j0 = 0; j0 < m_; j0 += width<double>) {
+            const V entry = plan(x_ + i * ld_, phi[i], gamma_, j0);
+            for (int64_t j = j0; j < m_ && j < j0 + width<double>; ++j) {
+                const double x = x_[i * ld_ + j], slope = unroll ? 1.0 - x : 1.0;
+                const double rest = unroll ? grad_[i * ld_ + j] / eps : 0.0;
+                out[j] = x < kInfinity ? static_cast<T>(entry[j - j0] * (of_transport * slope + of_dual) + rest) : T(0);
+            }
+        }
+    }
+    if (team.rank != 0) return;
+    double mass_a = 0, mass_b = 0;
+    for (int64_t i = 0; i < n_; ++i) mass_a += p.mass_a(i);
+    for (int64_t j = 0; j < m_; ++j) mass_b += p.mass_b(j);
+    for (int64_t i = 0; args_.grad_a && i < n_; ++i) {
+        const double a = p.mass_a(i), dual = of_dual != 0 ? dual_marginal_gradient(eps, phi[i], a, mass_b) : 0.0;
+        args_.grad_a[p.index * n_ + i] = static_cast<T>(of_dual * dual + (unroll && a > 0 ? sum_phi_[i] / a : 0.0));
+    }
+    for (int64_t j = 0; args_.grad_b && j < m_; ++j) {
+        const double b = p.mass_b(j), dual = of_dual != 0 ? dual_marginal_gradient(eps, gamma[j], b, mass_a) : 0.0;
+        args_.grad_b[p.index * m_ + j] = static_cast<T>(of_dual * dual + (unroll && b > 0 ? sum_gamma_[j] / b : 0.0));
+    }
+}
+
+template <class T>
+void LogDomain<T>::backward(const Problem<T>& p, const Team& team) {
+    const bool unroll = args_.gradient == Gradient::unroll;
+    start(p, team);
+    int64_t begin, end;
+    rows_of(team, begin, end);
+    const double *phi = p.kept_u(args_.num_iters - 1), *gamma = p.kept_v(args_.num_iters - 1);
+    for (int64_t i = begin; i < end; ++i) phi_[i] = phi[i];
+    columns_of(team, begin, end);
+    for (int64_t j = begin; j < end && j < m_; ++j) gamma_[j] = gamma[j];
+    team.barrier();
+    if (unroll) {
+        first_adjoint(p, team);
+        adjoint_loop(p, team);
+        columns_of(team, begin, end);
+        for (int64_t j = begin; j < end && j < m_; ++j) gamma_[j] = gamma[j];
+        team.barrier();
+    }
+    write_gradients(p, team, unroll);
+    team.barrier();
+}
+
+}  // namespace
+}  // namespace OTKD_ISA
+}  // namespace otkd_fast

@@ -1,0 +1,217 @@
+// Sinkhorn on scalings: K_ij = exp((shift_i - C_ij) / epsilon) is exponentiated once, shift_i the smallest cost of
+// row i; P = diag(u) K diag(v). An iteration reads each row of K once: u_i = a_i / (K v)_i, then K's row times u_i is
+// added to the column sums, then v = b / (K^T u). 2 multiply-adds an entry.
+// The adjoint of the fixed loop runs the same sweep backwards and ends in a product of rank 2 T for the cost.
+// The caller picks the precision from the range of the exponents; sums outside [kLow, kHigh] show that the pick was
+// too narrow (`in_range` false), nothing is lost silently.
+#pragma once
+#include "sinkhorn_buffers.h"
+
+namespace otkd_fast {
+namespace OTKD_ISA {
+namespace {
+
+template <class S>
+constexpr S kLow = sizeof(S) == 4 ? S(1e-25) : S(1e-200);
+template <class S>
+constexpr S kHigh = sizeof(S) == 4 ? S(1e25) : S(1e200);
+
+template <class S, class T>
+class Scaling {
+  public:
+    Scaling(const SinkhornArgs<T>& args, Arena& arena, int threads, bool backward)
+        : args_(args), n_(args.n), m_(args.m), n_pad_(round_up(args.n, kBlock)), ld_(round_up(args.m, 2 * width<S>)) {
+        kernel_ = arena.take<S>(n_pad_ * ld_);
+        shift_ = arena.take<S>(n_pad_);
+        a_ = arena.take<S>(n_pad_);
+        u_ = arena.take<S>(n_pad_);
+        b_ = arena.take<S>(ld_);
+        v_ = arena.take<S>(ld_);
+        columns_ = arena.take<S>(ld_);
+        partial_ = arena.take<S>(threads * ld_);
+        row_sums_ = arena.take<double>(n_);
+        column_sums_ = arena.take<double>(m_);
+        reduction_.slots = arena.take<double>(threads * kSlots);
+        if (!backward) return;
+        phi_ = arena.take<S>(n_pad_);
+        sum_phi_ = arena.take<double>(n_pad_);
+        gamma_ = arena.take<S>(ld_);
+        sum_gamma_ = arena.take<double>(ld_);
+        left_ = arena.take<S>(n_pad_ * 2 * args.num_iters);
+        right_ = arena.take<S>(2 * args.num_iters * ld_);
+    }
+
+    bool forward(const Problem<T>& p, const Team& team);
+    void backward(const Problem<T>& p, const Team& team);
+
+  private:
+    void start(const Problem<T>& p, const Team& team);
+    bool iterate(const Problem<T>& p, const Team& team);
+    void load_scalings(const Problem<T>& p, const Team& team);
+    void first_adjoint(const Problem<T>& p, const Team& team);
+    void adjoint_loop(const Problem<T>& p, const Team& team);
+    void cost_gradient(const Problem<T>& p, const Team& team, bool unroll);
+    void marginal_gradients(const Problem<T>& p);
+    template <class Value>
+    void sweep(const S* vector, S* sums, int64_t begin, int64_t end, Value value) const;
+    void rows_of(const Team& team, int64_t& begin, int64_t& end) const {
+        split(n_pad_, kBlock, team.size, team.rank, begin, end);
+    }
+    void columns_of(const Team& team, int64_t& begin, int64_t& end) const {
+        split(ld_, width<S>, team.size, team.rank, begin, end);
+    }
+    Vec<S> column_sum(const Team& team, int64_t j) const {
+        Vec<S> total = load(partial_ + j);
+        for (int r = 1; r < team.size; ++r) total += load(partial_ + r * ld_ + j);
+        return total;
+    }
+    Vec<S> cost_vector(const T* row, int64_t j) const {
+        return j + width<S> <= m_ ? LoadAs<S, T>::full(row + j) : LoadAs<S, T>::part(row + j, m_ - j, S(0));
+    }
+
+    const SinkhornArgs<T>& args_;
+    const int64_t n_, m_, n_pad_, ld_;
+    S *kernel_, *shift_, *a_, *u_, *b_, *v_, *columns_, *partial_;
+    double *row_sums_, *column_sums_;
+    Reduction reduction_;
+    S *phi_ = nullptr, *gamma_ = nullptr, *left_ = nullptr, *right_ = nullptr;
+    double *sum_phi_ = nullptr, *sum_gamma_ = nullptr;
+    S base_ = 0;  // the gradients see C - base, see sinkhorn_scaling_bwd.h
+};
+
+// Rows [begin, end) in blocks: s_i = sum_j K_ij vector_j; then sums_j += K_ij value(i, s_i).
+template <class S, class T>
+template <class Value>
+void Scaling<S, T>::sweep(const S* vector, S* sums, int64_t begin, int64_t end, Value value) const {
+    for (int64_t i = begin; i < end; i += kBlock) {
+        const S* k = kernel_ + i * ld_;
+        Vec<S> dot[kBlock][2] = {};
+        for (int64_t j = 0; j < ld_; j += 2 * width<S>) {
+            const Vec<S> x0 = load(vector + j), x1 = load(vector + j + width<S>);
+            for (int r = 0; r < kBlock; ++r) {
+                dot[r][0] += load(k + r * ld_ + j) * x0;
+                dot[r][1] += load(k + r * ld_ + j + width<S>) * x1;
+            }
+        }
+        Vec<S> weight[kBlock];
+        for (int r = 0; r < kBlock; ++r) weight[r] = splat<S>(value(i + r, sum<S>(dot[r][0] + dot[r][1])));
+        for (int64_t j = 0; j < ld_; j += width<S>) {
+            Vec<S> total = load(k + j) * weight[0];
+            for (int r = 1; r < kBlock; ++r) total += load(k + r * ld_ + j) * weight[r];
+            store(sums + j, load(sums + j) + total);  // one short dependency from block to block
+        }
+    }
+}
+
+// Marginals, shifts and the kernel, padded with zeros.
+template <class S, class T>
+void Scaling<S, T>::start(const Problem<T>& p, const Team& team) {
+    int64_t begin, end;
+    rows_of(team, begin, end);
+    const ScaledExp<S> exp(1.0 / args_.epsilon);
+    for (int64_t i = begin; i < end; ++i) {
+        S* k = kernel_ + i * ld_;
+        a_[i] = i < n_ ? static_cast<S>(p.mass_a(i)) : S(0);
+        shift_[i] = 0;
+        if (i >= n_) {
+            std::memset(k, 0, ld_ * sizeof(S));
+            continue;
+        }
+        const T* row = p.cost() + i * m_;
+        Vec<S> lowest = splat(std::numeric_limits<S>::infinity());
+        int64_t j = 0;
+        for (; j + width<S> <= m_; j += width<S>) lowest = min<S>(LoadAs<S, T>::full(row + j), lowest);
+        S low = -largest<S>(-lowest);
+        for (; j < m_; ++j) low = static_cast<S>(row[j]) < low ? static_cast<S>(row[j]) : low;
+        if (low < std::numeric_limits<S>::infinity()) shift_[i] = low;
+        for (j = 0; j + width<S> <= m_; j += width<S>) store(k + j, exp(shift_[i] - LoadAs<S, T>::full(row + j)));
+        for (; j < ld_; j += width<S>) {
+            const S inf = std::numeric_limits<S>::infinity();
+            store(k + j, exp(shift_[i] - LoadAs<S, T>::part(row + j, m_ - j > 0 ? m_ - j : 0, inf)));
+        }
+    }
+    columns_of(team, begin, end);
+    for (int64_t j = begin; j < end; ++j) {
+        b_[j] = j < m_ ? static_cast<S>(p.mass_b(j)) : S(0);
+        v_[j] = b_[j] > 0 ? S(1) : S(0);
+    }
+    team.barrier();
+}
+
+template <class S, class T>
+bool Scaling<S, T>::iterate(const Problem<T>& p, const Team& team) {
+    int64_t row0, row1, column0, column1;
+    rows_of(team, row0, row1);
+    columns_of(team, column0, column1);
+    S* sums = partial_ + team.rank * ld_;
+    bool in_range = true;
+    for (int64_t t = 0; t < args_.num_iters; ++t) {
+        double *kept_u = p.kept_u(t), *kept_v = p.kept_v(t);
+        std::memset(sums, 0, ld_ * sizeof(S));
+        sweep(v_, sums, row0, row1, [&](int64_t i, S s) {
+            if (!(a_[i] > 0)) return u_[i] = S(0);
+            in_range &= s >= kLow<S> && s <= kHigh<S>;
+            return u_[i] = a_[i] / s;
+        });
+        if (kept_u) {
+            for (int64_t i = row0; i < row1 && i < n_; ++i) kept_u[i] = u_[i];
+        }
+        team.barrier();
+        const Vec<S> zero = {};
+        VecInt<S> bad = {};
+        for (int64_t j = column0; j < column1; j += width<S>) {
+            const Vec<S> total = column_sum(team, j), mass = load(b_ + j);
+            const VecInt<S> used = mass > zero;
+            bad |= used & ~((total >= kLow<S>) & (total <= kHigh<S>));
+            store(columns_ + j, total);
+            store(v_ + j, used ? mass / total : zero);
+        }
+        for (int w = 0; w < width<S>; ++w) in_range &= bad[w] == 0;
+        if (kept_v) {
+            for (int64_t j = column0; j < column1 && j < m_; ++j) kept_v[j] = v_[j];
+        }
+        team.barrier();
+    }
+    reduction_.put(team, 0, in_range ? 0 : 1);
+    team.barrier();
+    return reduction_.sum(team, 0) == 0;
+}
+
+template <class S, class T>
+bool Scaling<S, T>::forward(const Problem<T>& p, const Team& team) {
+    start(p, team);
+    if (!iterate(p, team)) return false;
+    int64_t begin, end;
+    rows_of(team, begin, end);
+    double transport_cost = 0;
+    const Vec<S> zero = {};
+    for (int64_t i = begin; i < end && i < n_; ++i) {
+        const S* k = kernel_ + i * ld_;
+        const T* row = p.cost() + i * m_;
+        Vec<S> mass = {}, moved = {};
+        for (int64_t j = 0; j < ld_; j += width<S>) {
+            const Vec<S> kv = load(k + j) * load(v_ + j);
+            const Vec<S> c = cost_vector(row, j);
+            mass += kv;
+            moved += kv > zero ? kv * c : zero;
+        }
+        row_sums_[i] = static_cast<double>(u_[i]) * sum<S>(mass);
+        transport_cost += static_cast<double>(u_[i]) * sum<S>(moved);
+    }
+    reduction_.put(team, 1, transport_cost);
+    team.barrier();
+    if (team.rank == 0) {
+        for (int64_t j = 0; j < m_; ++j) column_sums_[j] = static_cast<double>(v_[j]) * columns_[j];
+        write_outputs(
+            p, row_sums_, column_sums_, reduction_.sum(team, 1),
+            [&](int64_t i) { return std::log(static_cast<double>(u_[i])) + shift_[i] / args_.epsilon; },
+            [&](int64_t j) { return std::log(static_cast<double>(v_[j])); });
+    }
+    return true;
+}
+
+}  // namespace
+}  // namespace OTKD_ISA
+}  // namespace otkd_fast
+
+#include "sinkhorn_scaling_bwd.h"

@@ -1,0 +1,106 @@
+"""``cost_matrix_fwd`` and ``cost_matrix_bwd``: pairwise cost matrices (kernels: ``csrc/cpu/cost_matrix.cpp``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library
+from ._library import address, native
+
+METRICS = {"l1": 0, "l2": 1, "sqeuclidean": 2, "cosine": 3}
+
+
+def _sizes(x: Tensor, y: Tensor) -> tuple[torch.Size, int, int, int]:
+    """Batch shape (of the operand that has one), n, m, d of x (*B, n, d) and y (*B, m, d)."""
+    batch = x.shape[:-2] if x.dim() >= y.dim() else y.shape[:-2]
+    return batch, x.shape[-2], y.shape[-2], x.shape[-1]
+
+
+def _batch_strides(x: Tensor, y: Tensor, n: int, m: int, d: int) -> tuple[int, int]:
+    """Elements from one problem to the next; 0 for an operand that the whole batch shares."""
+    return (n * d if x.dim() >= y.dim() else 0, m * d if y.dim() >= x.dim() else 0)
+
+
+def _fwd_fake(x: Tensor, y: Tensor, metric: str, temperature_x: float, temperature_y: float) -> Tensor:
+    batch, n, m, _ = _sizes(x, y)
+    return x.new_empty((*batch, n, m))
+
+
+def _fwd_cpu(x: Tensor, y: Tensor, metric: str, temperature_x: float, temperature_y: float) -> Tensor:
+    x, y = x.contiguous(), y.contiguous()
+    batch, n, m, d = _sizes(x, y)
+    cost = x.new_empty((*batch, n, m))
+    forward(x, y, cost, METRICS[metric], temperature_x, temperature_y)
+    return cost
+
+
+def forward(x: Tensor, y: Tensor, cost: Tensor, metric: int, temperature_x: float, temperature_y: float) -> None:
+    """Fills ``cost``; everything contiguous. Also called by the fused op."""
+    if cost.numel() == 0:
+        return
+    batch, n, m, d = _sizes(x, y)
+    problems, code = _library.product(batch), _library.dtype_code(x)
+    elements = native.cost_matrix_workspace(code, problems, n, m, d, metric, temperature_x, temperature_y, False)
+    scratch = _library.workspace(elements * x.element_size())
+    native.cost_matrix_fwd(
+        code, address(x), address(y), cost.data_ptr(), scratch.data_ptr(), problems, n, m, d,
+        *_batch_strides(x, y, n, m, d), metric, temperature_x, temperature_y, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _bwd_fake(
+    x: Tensor, y: Tensor, cost: Tensor, grad_cost: Tensor, metric: str, temperature_x: float, temperature_y: float,
+    need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
+
+
+def _bwd_cpu(
+    x: Tensor, y: Tensor, cost: Tensor, grad_cost: Tensor, metric: str, temperature_x: float, temperature_y: float,
+    need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, y = x.contiguous(), y.contiguous()
+    return backward(x, y, cost.contiguous(), grad_cost.contiguous(), METRICS[metric], temperature_x, temperature_y, need_x, need_y)
+
+
+def backward(
+    x: Tensor, y: Tensor, cost: Tensor, grad_cost: Tensor, metric: int, temperature_x: float, temperature_y: float,
+    need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of ``x`` and ``y`` (shape (0,) where not needed); everything contiguous. Also called by the fused op."""
+    batch, n, m, d = _sizes(x, y)
+    grad_x = x.new_empty((*batch, n, d) if need_x else (0,))
+    grad_y = y.new_empty((*batch, m, d) if need_y else (0,))
+    if cost.numel() == 0:
+        grad_x.zero_(), grad_y.zero_()
+    elif grad_x.numel() or grad_y.numel():
+        problems, code = _library.product(batch), _library.dtype_code(x)
+        elements = native.cost_matrix_workspace(code, problems, n, m, d, metric, temperature_x, temperature_y, True)
+        scratch = _library.workspace(elements * x.element_size())
+        native.cost_matrix_bwd(
+            code, address(x), address(y), cost.data_ptr(), grad_cost.data_ptr(), address(grad_x), address(grad_y),
+            scratch.data_ptr(), problems, n, m, d, *_batch_strides(x, y, n, m, d), metric, temperature_x,
+            temperature_y, torch.get_num_threads(),
+        )  # fmt: skip
+    return _sum_to(grad_x, x, need_x), _sum_to(grad_y, y, need_y)
+
+
+def _sum_to(grad: Tensor, operand: Tensor, needed: bool) -> Tensor:
+    """Sum over the batch where one operand was shared by it."""
+    if not needed or grad.dim() == operand.dim():
+        return grad
+    return grad.reshape(-1, *operand.shape).sum(0)
+
+
+_library.register(
+    "cost_matrix_fwd(Tensor x, Tensor y, str metric, float temperature_x, float temperature_y) -> Tensor",
+    _fwd_fake,
+    _fwd_cpu,
+)
+_library.register(
+    "cost_matrix_bwd(Tensor x, Tensor y, Tensor cost, Tensor grad_cost, str metric, float temperature_x, "
+    "float temperature_y, bool need_x, bool need_y) -> (Tensor, Tensor)",
+    _bwd_fake,
+    _bwd_cpu,
+)

@@ -1,0 +1,67 @@
+"""``sinkd_value_and_grad``: softmax, L1 cost, Sinkhorn rows first, <P, C> and its gradient in one op
+(``csrc/cpu/sinkd.cpp``).
+
+Value and gradients are multiplied by ``scale``. The gradients come with the value, for an incoming gradient of 1: the
+backward of the loss only multiplies them by the one that comes. An L1 cost of
+softmax rows is at most 2; where 2 / epsilon leaves the range in which a float32 cost determines the plan to 1e-5,
+float32 input is solved in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library
+from ._library import address, native
+
+WIDE_RANGE = 60.0  # largest 2 / epsilon at which float32 is solved in float32
+
+
+def _fake(
+    rows: Tensor, columns: Tensor, weights_rows: Tensor | None, weights_columns: Tensor | None,
+    temperature_rows: float, temperature_columns: float, epsilon: float, num_iters: int, scale: float,
+    need_rows: bool, need_columns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        rows.new_empty(rows.shape[:-2]),
+        rows.new_empty(rows.shape if need_rows else (0,)),
+        rows.new_empty(columns.shape if need_columns else (0,)),
+    )
+
+
+def _cpu(
+    rows: Tensor, columns: Tensor, weights_rows: Tensor | None, weights_columns: Tensor | None,
+    temperature_rows: float, temperature_columns: float, epsilon: float, num_iters: int, scale: float,
+    need_rows: bool, need_columns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = rows.dtype
+    operands = (rows, columns, weights_rows, weights_columns)
+    if dtype == torch.float32 and epsilon * WIDE_RANGE < 2.0:
+        operands = tuple(None if t is None else t.double() for t in operands)
+    rows, columns, weights_rows, weights_columns = (None if t is None else t.contiguous() for t in operands)
+    *batch, n, d = rows.shape
+    m = columns.shape[-2]
+    outputs = _fake(rows, columns, None, None, 0.0, 0.0, epsilon, num_iters, scale, need_rows, need_columns)
+    transport_cost, grad_rows, grad_columns = outputs
+    if transport_cost.numel():
+        code = _library.dtype_code(rows)
+        call = (
+            _library.product(batch), n, m, d, num_iters, temperature_rows, temperature_columns, epsilon, scale,
+            torch.get_num_threads(), address(grad_rows), address(grad_columns),
+        )  # fmt: skip
+        scratch = _library.workspace(native.sinkd_workspace(code, *call))
+        native.sinkd_value_and_grad(
+            code, rows.data_ptr(), columns.data_ptr(), address(weights_rows), address(weights_columns),
+            scratch.data_ptr(), transport_cost.data_ptr(), *call,
+        )  # fmt: skip
+    return outputs if transport_cost.dtype == dtype else tuple(output.to(dtype) for output in outputs)
+
+
+_library.register(
+    "sinkd_value_and_grad(Tensor rows, Tensor columns, Tensor? weights_rows, Tensor? weights_columns, "
+    "float temperature_rows, float temperature_columns, float epsilon, int num_iters, float scale, "
+    "bool need_rows, bool need_columns) -> (Tensor, Tensor, Tensor)",
+    _fake,
+    _cpu,
+)
