@@ -35,7 +35,7 @@ struct Problem {
     const T *x, *y;                    // (n, d), (m, d)
     const double *norm_x, *norm_y;     // (n,), (m,), cosine only
     const double *scale_x, *scale_y;   // (n,), (m,), cosine only
-    T* weights;                        // (n, m), backward only
+    T *weights, *weights_t;            // (n, m) and (m, n), backward only
 };
 
 template <class T>
@@ -47,7 +47,7 @@ template <class T>
 Problem<T> problem(const CostMatrixArgs<T>& args, int64_t index) {
     const int64_t rows = args.n + args.m;
     Problem<T> p{args.x + index * args.x_batch_stride, args.y + index * args.y_batch_stride, nullptr, nullptr,
-                 nullptr, nullptr, nullptr};
+                 nullptr, nullptr, nullptr, nullptr};
     T* free = args.workspace;
     if (args.metric == Metric::cosine) {
         double* norms = reinterpret_cast<double*>(free) + index * 2 * rows;
@@ -62,7 +62,8 @@ Problem<T> problem(const CostMatrixArgs<T>& args, int64_t index) {
         p.y = p.x + args.n * args.d;
         free += args.batch * rows * args.d;
     }
-    p.weights = free + index * args.n * args.m;
+    p.weights = free + 2 * index * args.n * args.m;
+    p.weights_t = p.weights + args.n * args.m;
     return p;
 }
 
@@ -118,9 +119,9 @@ void panel_fwd(const Problem<T>& p, T* cost, int64_t m, int64_t d, int64_t j0, i
     alignas(64) T packed[kDepth * panel];
     for (int64_t k0 = 0; k0 < d; k0 += kDepth) {
         const int64_t depth = d - k0 < kDepth ? d - k0 : kDepth;
-        for (int64_t c = 0; c < panel; ++c) {
-            const T* y = p.y + (j0 + (c < columns ? c : columns - 1)) * d + k0;
-            for (int64_t k = 0; k < depth; ++k) packed[k * panel + c] = y[k];
+        transpose(p.y + j0 * d + k0, d, packed, panel, columns, depth);
+        for (int64_t k = 0; columns < panel && k < depth; ++k) {
+            for (int64_t c = columns; c < panel; ++c) packed[k * panel + c] = packed[k * panel];
         }
         for (int64_t i = begin; i < end; i += kRows) {
             const int rows = end - i < kRows ? static_cast<int>(end - i) : kRows;
@@ -195,10 +196,10 @@ void fwd(const CostMatrixArgs<T>& args) {
 // One side of a backward: out_i = sum_j w(i, j) phi(a_i - b_j), phi = sign (l1) or the identity.
 template <class T>
 struct Side {
-    const T *a, *b;            // (na, d), (nb, d)
-    const T* w;                // w(i, j) = w[i * row_stride + j * column_stride]
-    T* out;                    // (na, d)
-    int64_t na, nb, d, row_stride, column_stride;
+    const T *a, *b;  // (na, d), (nb, d)
+    const T* w;      // (na, nb)
+    T* out;          // (na, d)
+    int64_t na, nb, d;
 };
 
 // `columns` <= kVectors * width entries of depth from k0, rows [begin, end) of `out`.
@@ -222,7 +223,7 @@ void panel_bwd(const Side<T>& side, int64_t k0, int64_t columns, int64_t begin, 
             const T* w[kGradRows];
             for (int r = 0; r < kGradRows; ++r) {
                 const int64_t row = i + (r < rows ? r : rows - 1);
-                w[r] = side.w + row * side.row_stride + j0 * side.column_stride;
+                w[r] = side.w + row * side.nb + j0;
                 for (int v = 0; v < kVectors; ++v) {
                     a[r][v] = load_up_to(side.a + row * side.d + k0 + v * width<T>, lanes(v), T(0));
                 }
@@ -231,7 +232,7 @@ void panel_bwd(const Side<T>& side, int64_t k0, int64_t columns, int64_t begin, 
                 Vec<T> b[kVectors];
                 for (int v = 0; v < kVectors; ++v) b[v] = load(packed + j * panel + v * width<T>);
                 for (int r = 0; r < kGradRows; ++r) {
-                    const Vec<T> weight = splat(w[r][j * side.column_stride]);
+                    const Vec<T> weight = splat(w[r][j]);
                     for (int v = 0; v < kVectors; ++v) {
                         const Vec<T> gap = a[r][v] - b[v];
                         acc[r][v] += weight * (kL1 ? sign<T>(gap) : gap);
@@ -258,28 +259,34 @@ void side_bwd(const Side<T>& side, bool l1, int64_t k0, int64_t begin, int64_t e
     }
 }
 
-// The factor of (x_i - y_j) in the gradient of C_ij, times the incoming gradient; l1 uses grad_cost as it is.
+// The factor of (x_i - y_j) in the gradient of C_ij, times the incoming gradient.
+template <class T>
+OTKD_INLINE T weight(const CostMatrixArgs<T>& args, const Problem<T>& p, T grad, T cost, int64_t i, int64_t j) {
+    if (args.metric == Metric::sqeuclidean) return 2 * grad;
+    if (args.metric == Metric::l2) return cost > 0 ? grad / cost : T(0);
+    if (args.metric == Metric::l1) return grad;
+    const double norms = p.norm_x[i] * p.norm_y[j];
+    return norms == 0 ? T(0) : static_cast<T>(grad / norms);
+}
+
+// Phase 2: the weights, and transposed for the gradient of y, so that both sides read along rows. Blocks of 32 rows.
 template <class T>
 void fill_weights(const CostMatrixArgs<T>& args, const Team& team) {
-    if (args.metric == Metric::l1) return;
-    int64_t begin, end;
-    split(args.batch * args.n, 1, team.size, team.rank, begin, end);
-    for (int64_t r = begin; r < end; ++r) {
-        const int64_t index = r / args.n, i = r % args.n;
+    constexpr int64_t block = 32;
+    const int64_t blocks = (args.n + block - 1) / block;
+    for (int64_t task = team.rank; task < args.batch * blocks; task += team.size) {
+        const int64_t index = task / blocks, i0 = task % blocks * block;
+        const int64_t i1 = i0 + block < args.n ? i0 + block : args.n;
         const Problem<T> p = problem(args, index);
-        const T* grad = args.grad_cost + r * args.m;
-        const T* cost = args.cost + r * args.m;
-        T* w = p.weights + i * args.m;
-        for (int64_t j = 0; j < args.m; ++j) {
-            if (args.metric == Metric::sqeuclidean) {
-                w[j] = 2 * grad[j];
-            } else if (args.metric == Metric::l2) {
-                w[j] = cost[j] > 0 ? grad[j] / cost[j] : T(0);
-            } else {
-                const double norms = p.norm_x[i] * p.norm_y[j];
-                w[j] = norms == 0 ? T(0) : static_cast<T>(grad[j] / norms);
+        const T* grad = args.grad_cost + index * args.n * args.m;
+        const T* cost = args.cost + index * args.n * args.m;
+        for (int64_t i = i0; args.metric != Metric::l1 && i < i1; ++i) {
+            for (int64_t j = 0; j < args.m; ++j) {
+                p.weights[i * args.m + j] = weight(args, p, grad[i * args.m + j], cost[i * args.m + j], i, j);
             }
         }
+        const T* w = args.metric == Metric::l1 ? grad : p.weights;
+        if (args.grad_y) transpose(w + i0 * args.m, args.m, p.weights_t + i0, args.n, i1 - i0, args.m);
     }
     team.barrier();
 }
@@ -343,8 +350,8 @@ void bwd(const CostMatrixArgs<T>& args) {
             if (!(half ? args.grad_y : args.grad_x)) continue;
             const Problem<T> p = problem(args, index);
             const T* w = l1 ? args.grad_cost + index * args.n * args.m : p.weights;
-            Side<T> side{p.x, p.y, w, args.grad_x + index * args.n * args.d, args.n, args.m, args.d, args.m, 1};
-            if (half) side = {p.y, p.x, w, args.grad_y + index * args.m * args.d, args.m, args.n, args.d, 1, args.m};
+            Side<T> side{p.x, p.y, w, args.grad_x + index * args.n * args.d, args.n, args.m, args.d};
+            if (half) side = {p.y, p.x, p.weights_t, args.grad_y + index * args.m * args.d, args.m, args.n, args.d};
             int64_t begin, end;
             split(side.na, kGradRows, static_cast<int>(cuts), static_cast<int>(rest % cuts), begin, end);
             side_bwd(side, l1, k0, begin, end);

@@ -177,6 +177,37 @@ OTKD_INLINE double largest<double>(Vec<double> v) {
 }
 #endif
 
+// out (columns, rows) = in (rows, columns)^T, strides in elements; 4 x 4 blocks in registers where the compiler can.
+template <class T>
+void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
+    int64_t i = 0;
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+    typedef T V4 __attribute__((vector_size(4 * sizeof(T))));
+    for (; i + 4 <= rows; i += 4) {
+        int64_t j = 0;
+        for (; j + 4 <= columns; j += 4) {
+            V4 r[4];
+            for (int k = 0; k < 4; ++k) std::memcpy(&r[k], in + (i + k) * in_stride + j, sizeof(V4));
+            const V4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+            const V4 c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+            r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+            r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+            r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+            r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+            for (int k = 0; k < 4; ++k) std::memcpy(out + (j + k) * out_stride + i, &r[k], sizeof(V4));
+        }
+        for (; j < columns; ++j) {
+            for (int k = 0; k < 4; ++k) out[j * out_stride + i + k] = in[(i + k) * in_stride + j];
+        }
+    }
+#endif
+#endif
+    for (; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+    }
+}
+
 // exp(scale * d) for a scale held as log2(e) * scale = hi + lo: the product is rounded once, so the result
 // keeps full relative accuracy down to the underflow. Below the smallest normal number it is 0; NaN stays NaN.
 template <class T>

@@ -51,7 +51,7 @@ struct Plan {
         solve.gradient = Gradient::unroll;
         solve.transport_cost = args.transport_cost;
         const int64_t entries = args.batch * args.n * args.m;
-        cost.workspace = take<T>(args, cost_matrix_workspace(cost, false));
+        cost.workspace = take<T>(args, cost_matrix_workspace(cost, backward));
         cost.cost = take<T>(args, entries);
         solve.cost = cost.cost;
         if (backward) {
@@ -87,6 +87,7 @@ void sinkd_value_and_grad(const SinkdArgs<T>& args) {
     std::fill(plan.incoming, plan.incoming + args.batch, static_cast<T>(args.scale));
     plan.solve.grad_transport_cost = plan.incoming;
     plan.solve.grad_cost = plan.grad_cost;
+    plan.solve.kernel_ready = args.batch == 1;
     solve_bwd(plan.solve);
     plan.cost.rows_ready = true;
     plan.cost.grad_cost = plan.grad_cost;

@@ -21,7 +21,7 @@ namespace OTKD_ISA {
 namespace {
 
 constexpr double kFloatRange = 60, kDoubleRange = 600;
-constexpr int64_t kTeamEntries = 192 * 192;     // from this size on threads share one problem
+constexpr int64_t kTeamEntries = 512 * 512;     // from this size on threads share one problem
 constexpr int64_t kParallelWork = 1000 * 1000;  // entries times iterations below which one thread is quicker
 
 // (max - min of the finite costs) / epsilon plus the log range of both marginals. The range over the whole matrix

@@ -172,8 +172,10 @@ void Scaling<S, T>::marginal_gradients(const Problem<T>& p) {
 template <class S, class T>
 void Scaling<S, T>::backward(const Problem<T>& p, const Team& team) {
     const bool unroll = args_.gradient == Gradient::unroll;
-    start(p, team);
-    load_scalings(p, team);
+    if (!args_.kernel_ready) {
+        start(p, team);
+        load_scalings(p, team);
+    }
     if (unroll) {
         first_adjoint(p, team);
         adjoint_loop(p, team);

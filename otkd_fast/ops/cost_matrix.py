@@ -36,10 +36,11 @@ def _fwd_cpu(x: Tensor, y: Tensor, metric: str, temperature_x: float, temperatur
 
 
 def forward(x: Tensor, y: Tensor, cost: Tensor, metric: int, temperature_x: float, temperature_y: float) -> None:
-    """Fills ``cost``; everything contiguous. Also called by the fused op."""
-    if cost.numel() == 0:
-        return
+    """Fills ``cost``; everything contiguous."""
     batch, n, m, d = _sizes(x, y)
+    if cost.numel() == 0 or d == 0:
+        cost.zero_()  # the sum over no features
+        return
     problems, code = _library.product(batch), _library.dtype_code(x)
     elements = native.cost_matrix_workspace(code, problems, n, m, d, metric, temperature_x, temperature_y, False)
     scratch = _library.workspace(elements * x.element_size())
@@ -61,19 +62,22 @@ def _bwd_cpu(
     need_x: bool, need_y: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x, y = x.contiguous(), y.contiguous()
-    return backward(x, y, cost.contiguous(), grad_cost.contiguous(), METRICS[metric], temperature_x, temperature_y, need_x, need_y)
+    return backward(
+        x, y, cost.contiguous(), grad_cost.contiguous(), METRICS[metric], temperature_x, temperature_y, need_x, need_y
+    )  # fmt: skip
 
 
 def backward(
     x: Tensor, y: Tensor, cost: Tensor, grad_cost: Tensor, metric: int, temperature_x: float, temperature_y: float,
     need_x: bool, need_y: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of ``x`` and ``y`` (shape (0,) where not needed); everything contiguous. Also called by the fused op."""
+    """Gradients of ``x`` and ``y`` (shape (0,) where not needed); everything contiguous."""
     batch, n, m, d = _sizes(x, y)
     grad_x = x.new_empty((*batch, n, d) if need_x else (0,))
     grad_y = y.new_empty((*batch, m, d) if need_y else (0,))
     if cost.numel() == 0:
-        grad_x.zero_(), grad_y.zero_()
+        grad_x.zero_()
+        grad_y.zero_()
     elif grad_x.numel() or grad_y.numel():
         problems, code = _library.product(batch), _library.dtype_code(x)
         elements = native.cost_matrix_workspace(code, problems, n, m, d, metric, temperature_x, temperature_y, True)
@@ -90,7 +94,7 @@ def _sum_to(grad: Tensor, operand: Tensor, needed: bool) -> Tensor:
     """Sum over the batch where one operand was shared by it."""
     if not needed or grad.dim() == operand.dim():
         return grad
-    return grad.reshape(-1, *operand.shape).sum(0)
+    return grad.flatten(0, -3).sum(0)
 
 
 _library.register(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._library import address, native
+from ._library import address, contiguous, native
 
 WIDE_RANGE = 60.0  # largest 2 / epsilon at which float32 is solved in float32
 
@@ -36,18 +36,22 @@ def _cpu(
     need_rows: bool, need_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = rows.dtype
-    operands = (rows, columns, weights_rows, weights_columns)
     if dtype == torch.float32 and epsilon * WIDE_RANGE < 2.0:
-        operands = tuple(None if t is None else t.double() for t in operands)
-    rows, columns, weights_rows, weights_columns = (None if t is None else t.contiguous() for t in operands)
+        rows, columns, weights_rows, weights_columns = (
+            None if t is None else t.double() for t in (rows, columns, weights_rows, weights_columns)
+        )
+    rows, columns = rows.contiguous(), columns.contiguous()
+    weights_rows, weights_columns = contiguous(weights_rows), contiguous(weights_columns)
     *batch, n, d = rows.shape
     m = columns.shape[-2]
-    outputs = _fake(rows, columns, None, None, 0.0, 0.0, epsilon, num_iters, scale, need_rows, need_columns)
-    transport_cost, grad_rows, grad_columns = outputs
-    if transport_cost.numel():
+    transport_cost = rows.new_empty(batch)
+    grad_rows = rows.new_empty(rows.shape if need_rows else (0,))
+    grad_columns = rows.new_empty(columns.shape if need_columns else (0,))
+    problems = _library.product(batch)
+    if problems:
         code = _library.dtype_code(rows)
         call = (
-            _library.product(batch), n, m, d, num_iters, temperature_rows, temperature_columns, epsilon, scale,
+            problems, n, m, d, num_iters, temperature_rows, temperature_columns, epsilon, scale,
             torch.get_num_threads(), address(grad_rows), address(grad_columns),
         )  # fmt: skip
         scratch = _library.workspace(native.sinkd_workspace(code, *call))
@@ -55,6 +59,7 @@ def _cpu(
             code, rows.data_ptr(), columns.data_ptr(), address(weights_rows), address(weights_columns),
             scratch.data_ptr(), transport_cost.data_ptr(), *call,
         )  # fmt: skip
+    outputs = transport_cost, grad_rows, grad_columns
     return outputs if transport_cost.dtype == dtype else tuple(output.to(dtype) for output in outputs)
 
 

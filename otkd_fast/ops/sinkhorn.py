@@ -51,7 +51,7 @@ def forward(
     transport_cost: Tensor, regularized_cost: Tensor | None = None, f: Tensor | None = None, g: Tensor | None = None,
     marginal_error: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fills the outputs, rows first; everything contiguous, None where not wanted. Also called by the fused op."""
+    """Fills the outputs, rows first; everything contiguous, None where not wanted."""
     *batch, n, m = cost.shape
     problems, code, threads = _library.product(batch), _library.dtype_code(cost), torch.get_num_threads()
     if problems == 0:
@@ -99,7 +99,7 @@ def backward(
     grad_regularized_cost: Tensor | None, grad_f: Tensor | None, grad_g: Tensor | None, epsilon: float,
     num_iters: int, gradient: int, need_cost: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients, rows first, shape (0,) where not needed; everything contiguous. Also called by the fused op."""
+    """Gradients, rows first, shape (0,) where not needed; everything contiguous."""
     *batch, n, m = cost.shape
     problems, code, threads = _library.product(batch), _library.dtype_code(cost), torch.get_num_threads()
     grads = (

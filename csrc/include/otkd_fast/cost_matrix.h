@@ -24,13 +24,13 @@ struct CostMatrixArgs {
     T* grad_y;              // (batch, m, d) or null
 };
 
-// Elements of workspace that a call needs: rows rewritten (softmax, scaled) and, backward, the weights (n, m).
+// Elements of workspace that a call needs: rows rewritten (softmax, scaled) and, backward, the weights both ways round.
 template <class T>
 int64_t cost_matrix_workspace(const CostMatrixArgs<T>& args, bool backward) {
     const bool rewrites = args.metric == Metric::cosine || args.temperature_x > 0 || args.temperature_y > 0;
     int64_t size = rewrites ? (args.n + args.m) * args.d : 0;
     if (args.metric == Metric::cosine) size += 2 * (args.n + args.m) * (sizeof(double) / sizeof(T));
-    if (backward && args.metric != Metric::l1) size += args.n * args.m;
+    if (backward) size += 2 * args.n * args.m;
     return args.batch * size;
 }
 

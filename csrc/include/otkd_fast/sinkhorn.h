@@ -25,6 +25,7 @@ struct SinkhornArgs {
     T* g;                 // (batch, m)
     T* marginal_error;    // (batch,)
     // backward, incoming gradients may be null (zero), outgoing ones null where not wanted
+    bool kernel_ready;  // the workspace is as the forward of this very problem left it (batch 1)
     Gradient gradient;
     const T *grad_transport_cost, *grad_regularized_cost, *grad_f, *grad_g;
     T *grad_cost, *grad_a, *grad_b;

@@ -1,0 +1,77 @@
+# otkd_fast: `make help` lists the targets. Everything happens in $(VENV), made on demand from $(PYTHON).
+
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+VENV   ?= .venv
+RUFF   ?= 0.17.5
+ARGS   ?=
+
+BIN := $(VENV)/bin
+# torch first and pinned, so that no later install replaces the build that was found (CPU or CUDA)
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/torch.txt
+# all that ends up in the package; folders too, whose time changes when a file is added or deleted
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kernels otkd_fast -not -name '*.pyc' \
+	-not -name __pycache__ -not -name '_C.*' -not -name _build_info.py)
+
+# a Python started here must see the installed package, not the folder otkd_fast/ beside this file
+export PYTHONSAFEPATH = 1
+
+.PHONY: help test demo bench lint info clean
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) ARGS= (more arguments for pytest, the demo or the benchmark)"
+
+test: $(VENV)/.test ## run the tests, e.g. make test ARGS='-k sinkhorn'; ARGS='-m slow' for the slow ones
+	$(BIN)/pytest $(ARGS)
+
+demo: $(VENV)/.demo ## distill a student on handwritten digits; table, plot and report in out/
+	$(BIN)/python examples/distill_digits.py $(ARGS)
+
+bench: $(VENV)/.demo ## time SinKD and the L1 cost against POT, geomloss and PyTorch; bench/results/cpu.json and a table
+	PYTHONPATH=. $(BIN)/python -m bench.run $(ARGS)
+	PYTHONPATH=. $(BIN)/python -m bench.report
+
+info: $(VENV)/.package ## what is installed, what runs where, and a self-test
+	$(BIN)/python -m otkd_fast $(ARGS)
+
+lint: $(VENV)/.ruff ## ruff
+	$(BIN)/ruff check .
+
+clean: ## remove the environment, build folders, caches and out/
+	rm -rf $(VENV) build out *.egg-info otkd_fast/_build_info.py otkd_fast/_C.* .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(VENV)/.venv:
+	@echo "== creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "otkd_fast needs Python 3.11 or newer: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch-$(TORCH): $(VENV)/.venv
+	@echo "== installing torch $(TORCH) (may take minutes)"
+	@echo "torch==$(TORCH)" > $(VENV)/torch.txt
+	@$(PIP) torch==$(TORCH)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch-$(TORCH) $(SOURCES)
+	@echo "== building and installing otkd_fast"
+	@$(PIP) .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	@echo "== installing what the tests need"
+	@$(PIP) 'otkd_fast[test]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.package
+	@echo "== installing what the examples and benchmarks need"
+	@$(PIP) 'otkd_fast[examples,bench]'
+	@touch $@
+
+$(VENV)/.ruff: $(VENV)/.venv Makefile
+	@echo "== installing ruff $(RUFF)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check ruff==$(RUFF)
+	@touch $@

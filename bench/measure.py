@@ -1,0 +1,106 @@
+"""Answer first, then time: accuracy against float64, first-call time, interleaved medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .cases import MAX_GRADIENT_ERROR, MAX_VALUE_ERROR
+from .peers import Function, Peer
+
+
+def forward_backward(function: Function, x: Tensor, y: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Value and gradient with respect to x (a leaf that requires it); `grad` is needed where the value is no scalar."""
+    value = function(x, y)
+    (gradient,) = torch.autograd.grad(value, x, grad)
+    return value, gradient
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected, in float64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def check(peer: Peer, function: Function, expected: tuple[Tensor, Tensor], inputs: tuple) -> dict:
+    """Errors of value and gradient, and the time of this first call; ValueError when the errors are too large."""
+    start = time.perf_counter()
+    actual = forward_backward(function, *inputs)
+    seconds = time.perf_counter() - start
+    if not peer.same_answer:
+        x, y, *rest = inputs
+        wide = x.detach().double().requires_grad_()
+        own = forward_backward(function, wide, y.double(), *(g if g is None else g.double() for g in rest))
+        difference = relative_error(actual[0], expected[0])
+        expected = own
+    errors = [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
+    # NaN must fail too, so the comparison asks for smallness.
+    if not (errors[0] <= MAX_VALUE_ERROR and errors[1] <= MAX_GRADIENT_ERROR):
+        raise ValueError(
+            f"{peer.name}: wrong answer, relative errors {errors[0]:.1e} (value) and {errors[1]:.1e} (gradient)"
+        )
+    result = {"first_call_s": seconds, "value_error": errors[0], "gradient_error": errors[1]}
+    return result if peer.same_answer else result | {"value_differs_from_ours_by": difference}
+
+
+def interleaved_medians(
+    functions: dict[str, Callable[[], object]], seconds: float, min_rounds: int = 5
+) -> dict[str, float]:
+    """Median milliseconds a call; one block of each in turn, so that a slow spell of the machine meets all of them.
+
+    A block is as many calls as take about 5 ms; rounds are repeated until `seconds` are used, at least `min_rounds`.
+    """
+    calls = {}
+    for name, function in functions.items():
+        function()
+        start = time.perf_counter()
+        function()
+        calls[name] = max(1, int(5e-3 / (time.perf_counter() - start)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(next(iter(samples.values()))) < min_rounds:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            samples[name].append(1e3 * (time.perf_counter() - start) / calls[name])
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def measure(peers: tuple[Peer, ...], inputs: tuple, expected: tuple[Tensor, Tensor], seconds: float) -> dict[str, dict]:
+    """Every peer on the same inputs: name -> errors and milliseconds, or {"skipped": reason} / {"wrong": reason}."""
+    x, y, *rest = inputs
+    results, ready = {}, {}
+    for peer in peers:
+        try:
+            function = peer.build()
+            results[peer.name] = check(peer, function, expected, inputs)
+            ready[peer.name] = function
+        except ImportError as error:
+            results[peer.name] = {"skipped": f"not installed ({error})"}
+        except ValueError as error:
+            results[peer.name] = {"wrong": str(error)}
+        except Exception as error:  # a peer that fails (no C++ compiler for torch.compile, say) must not end the run
+            if peer.name == "otkd_fast":
+                raise
+            results[peer.name] = {
+                "skipped": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            }
+    plain = x.detach()
+
+    def forward(function: Function) -> Callable[[], object]:
+        return lambda: function(plain, y)
+
+    def both(function: Function) -> Callable[[], object]:
+        return lambda: forward_backward(function, x, y, *rest)
+
+    with torch.no_grad():
+        forward_ms = interleaved_medians({name: forward(f) for name, f in ready.items()}, seconds / 2)
+    total_ms = interleaved_medians({name: both(f) for name, f in ready.items()}, seconds / 2)
+    for name in ready:
+        results[name] |= {"forward_ms": forward_ms[name], "forward_backward_ms": total_ms[name]}
+    return results

@@ -1,0 +1,27 @@
+"""``python -m otkd_fast [--json]``: what is installed, what each operator can run on, and whether it computes right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from otkd_fast import _info
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; 0, or 1 if a compiled backend disagrees with the reference."""
+    parser = argparse.ArgumentParser(
+        prog="python -m otkd_fast",
+        description="What is installed, what each operator can run on, and a one-second test of every compiled "
+        "backend against the reference. Exit code 1 if that test fails.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    options = parser.parse_args(arguments)
+    report = _info.report()
+    print(json.dumps(report, indent=2) if options.json else _info.text(report))
+    return 0 if report["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Which backend runs an op: one table, one rule.
+
+A backend is named, from strongest to weakest, by `backend=` in the call, by the innermost
+``with otkd_fast.backend(name)``, by the environment variable OTKD_FAST_BACKEND (read at import). 'auto' takes the
+fastest one that is available for the device of the tensors; a name that is not available there is an error, never a
+silent replacement.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import threading
+
+import torch
+
+from . import _native
+
+NAMES = ("auto", "reference", "cpu", "cuda", "triton")
+OPS = ("cost_matrix", "sinkhorn", "sinkd")
+
+_VARIABLE = "OTKD_FAST_BACKEND"
+_DEFAULT = os.environ.get(_VARIABLE) or "auto"
+_current = contextvars.ContextVar("otkd_fast_backend", default=_DEFAULT)
+
+
+class _Mirror(threading.local):
+    """The same name once more for torch.compile, which cannot read a ContextVar but guards on this attribute."""
+
+    name = _DEFAULT
+
+
+_mirror = _Mirror()
+
+# order of preference of 'auto', by device type; other devices have the reference only
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_DEVICE_OF = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+
+def _installed(op: str, name: str) -> str | None:
+    """None if backend `name` has a kernel of `op` in this installation, else why not."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return None if _native.module is not None else _native.reason or "the native module is not there"
+    return f"its {op} kernels are not written yet"
+
+
+_INSTALLED = {op: {name: _installed(op, name) for name in NAMES[1:]} for op in OPS}
+
+
+def _reason(op: str, name: str, device_type: str) -> str | None:
+    """None if backend `name` runs `op` on tensors of this device type, else why not."""
+    wanted = _DEVICE_OF.get(name, device_type)
+    if _INSTALLED[op][name] is not None or wanted == device_type:
+        return _INSTALLED[op][name]
+    return f"it runs on {wanted} tensors, got tensors on {device_type}"
+
+
+def _choices() -> dict[tuple[str, str, str], str]:
+    """(op, device type, name) -> backend, for every combination that works on cpu and cuda tensors."""
+    table = {}
+    for op in OPS:
+        for device_type, order in _PREFERENCE.items():
+            working = [name for name in order if _reason(op, name, device_type) is None]
+            table[op, device_type, "auto"] = working[0]
+            table.update({(op, device_type, name): name for name in working})
+    return table
+
+
+_CHOICES = _choices()
+
+
+def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
+    """Name of the backend that runs `op` on tensors on `device`.
+
+    Raises:
+        ValueError: unknown backend name.
+        RuntimeError: the named backend is not available for this op and device; the message says why.
+    """
+    if backend is None:
+        backend = _mirror.name if torch.compiler.is_compiling() else _current.get()
+    choice = _CHOICES.get((op, device.type, backend))
+    return choice if choice is not None else _resolve_rarely(op, device.type, backend)
+
+
+def _resolve_rarely(op: str, device_type: str, backend: str) -> str:
+    check_name(backend)
+    if backend in ("auto", "reference"):
+        return "reference"
+    raise RuntimeError(f"backend '{backend}' is not available for {op}: {_reason(op, backend, device_type)}")
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` is the name of a backend."""
+    if name not in NAMES:
+        origin = f" (from {_VARIABLE})" if name == _DEFAULT else ""
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, NAMES))}, got {name!r}{origin}")
+
+
+class backend:  # noqa: N801  a context manager, used like a function
+    """Context manager that names the backend for the calls inside it, in this thread and this asynchronous task.
+
+    Args:
+        name: 'auto', 'reference', 'cpu', 'cuda' or 'triton'.
+
+    Raises:
+        ValueError: unknown name. (Whether the backend is available is known, and said, when an op is called.)
+
+    >>> import torch, otkd_fast
+    >>> with otkd_fast.backend("reference"):
+    ...     otkd_fast.cost_matrix(torch.zeros(1, 2), torch.ones(1, 2), metric="l1")
+    tensor([[2.]])
+    """
+
+    def __init__(self, name: str) -> None:
+        check_name(name)
+        self.name = name
+        self._outer: list = []
+
+    def __enter__(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._outer.append((_current.set(self.name), _mirror.name))
+        else:
+            self._outer.append((None, _mirror.name))
+        _mirror.name = self.name
+
+    def __exit__(self, *exception) -> None:
+        token, _mirror.name = self._outer.pop()
+        if token is not None:
+            _current.reset(token)
+
+
+def availability() -> dict[str, dict[str, str | None]]:
+    """op -> backend -> None if it is in this installation, else the reason why it is not."""
+    return {op: dict(row) for op, row in _INSTALLED.items()}
+
+
+def explain(op: str, *tensors: torch.Tensor) -> str:
+    """Which backend would run `op` on these tensors, and why the others would not.
+
+    Args:
+        op: 'cost_matrix', 'sinkhorn' or 'sinkd'.
+        *tensors: the tensors of the call; only their device is looked at. None: CPU tensors.
+
+    Raises:
+        ValueError: unknown op, or tensors on different devices.
+
+    >>> import torch, otkd_fast
+    >>> with otkd_fast.backend("reference"):
+    ...     print(otkd_fast.explain("sinkhorn", torch.zeros(2, 2)).splitlines()[0])
+    sinkhorn on cpu tensors: 'reference' runs, because it was named
+    """
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {', '.join(map(repr, OPS))}, got {op!r}")
+    devices = {tensor.device.type for tensor in tensors} or {"cpu"}
+    if len(devices) > 1:
+        raise ValueError(f"tensors: expected one device, got {', '.join(sorted(devices))}")
+    device_type = devices.pop()
+    name = _current.get()
+    try:
+        choice = resolve(op, torch.device(device_type), name)
+        why = "it was named" if name != "auto" else "it is the fastest one available for this device"
+        lines = [f"{op} on {device_type} tensors: '{choice}' runs, because {why}"]
+    except RuntimeError as error:
+        choice = None
+        lines = [f"{op} on {device_type} tensors: the call fails, because {error}"]
+    for other in NAMES[1:]:
+        if other != choice:
+            reason = _reason(op, other, device_type)
+            lines.append(f"  {other}: {'available' if reason is None else reason}")
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""What the autograd.Functions of this folder share."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+
+def needs_function(*tensors: Tensor | None) -> bool:
+    """Whether the call must go through an autograd.Function rather than straight to the op.
+
+    True if a gradient may be asked for, or a transform (torch.func, forward-mode AD) must see the call. Under a
+    transform `requires_grad` says nothing about outer levels.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def transformed() -> bool:
+    """Whether a backward pass must be recorded (create_graph, torch.func) instead of calling the op directly."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+class _Bound:
+    """What Signature.bind returns, for arguments that are complete and in order."""
+
+    __slots__ = ("args",)
+    kwargs: dict = {}
+
+    def __init__(self, args: tuple) -> None:
+        self.args = args
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class _PositionalSignature(inspect.Signature):
+    def bind(self, *args):
+        return _Bound(args)
+
+
+def keep_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Spare each `apply` the inspection of `forward` and the binding to it (8 us); `apply` then takes every argument
+    of `forward`, by position.
+    """
+    parameters = inspect.signature(function.forward).parameters.values()
+    function.forward.__signature__ = _PositionalSignature(parameters)
+    return function
+
+
+def to_front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+    """`tensor` with the axis that vmap maps moved to the front."""
+    return tensor if tensor is None or dim is None else tensor.movedim(dim, 0)
+
+
+def mapped(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Like :func:`to_front`; a tensor that vmap does not map is repeated (without a copy) along a new front axis."""
+    if tensor is not None and dim is None:
+        return tensor.expand(size, *tensor.shape)
+    return to_front(tensor, dim)
+
+
+def no_second_derivative(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op}: the compiled backends have no second derivative; use backend='reference' (see docs/numerics.md)"
+    )

@@ -1,0 +1,232 @@
+"""SinKD: Sinkhorn-distance distillation of logits, in every form of the paper and of its released code."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..functional._validate import check_choice, positive_float, positive_int
+from . import _sinkd_forms as _forms
+
+__all__ = ["SinKD", "sinkd"]
+
+FORMS = tuple(_forms.FORMS)
+VARIANTS = ("paper", "released")
+SOLVERS = ("sinkhorn", "sort")
+REDUCTIONS = ("sum", "mean")
+
+
+class _Options(NamedTuple):
+    temperature: float
+    epsilon: float
+    num_iters: int
+    form: str
+    variant: str
+    solver: str
+    reduction: str
+    backend: str | None
+
+
+def sinkd(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    epsilon: float = 0.1,
+    num_iters: int = 20,
+    form: str = "batch",
+    variant: str = "paper",
+    solver: str = "sinkhorn",
+    reduction: str = "sum",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Sinkhorn distance between a batch of student outputs and a batch of teacher outputs.
+
+    With ``s = softmax(student / temperature)`` and ``t = softmax(teacher / temperature)``, rows ``s_i`` and ``t_i``:
+
+    ``form="batch"`` (Eq. 13 to 18 and Algorithm 1; the default)
+        ``D_ij = ||t_i - s_j||_1`` (b x b), ``K = exp(-D / epsilon)``; ``num_iters`` times: divide the rows of ``K``
+        by their sums, then the columns by theirs; the loss is ``sum_ij K_ij D_ij``. The plan has total mass b.
+    ``form="sample"`` (Eq. 5 to 12, with the sequential updates of Eq. 14)
+        For each i a problem between the entries of one row: ``D_mn = |s_i(m) - t_i(n)|`` (d x d), rows with marginal
+        ``s_i``, columns with marginal ``t_i``, rows updated first; summed over i. Eq. 5 gives the rows of the plan
+        the mass ``s_i``, while Eq. 7 writes the cost as ``|t_i(m) - s_i(n)|`` with m the row: both cannot hold at
+        once. Here mass and cost of a row belong to the same entry, so that moving an entry's mass costs the
+        difference between that entry and its target.
+    ``form="flattened"`` (Eq. 20)
+        All b d probabilities as points on the line, ``D = |t_i(m) - s_j(n)|`` (bd x bd), plan of mass b d, rows =
+        teacher.
+    ``form="regression"`` (Eq. 21)
+        Raw outputs, no softmax: ``D_ij = |t_i - s_j|``, plan of mass b, rows = teacher.
+
+    ``variant="released"`` follows the authors' code where it differs from the paper:
+    batch: rows = student, columns = teacher, times 0.001;
+    sample: 1 x 1 problems whose plan is 1, thus ``0.001 sum_i ||s_i - t_i||_1`` (that code had ``temperature`` 1);
+    regression: a softmax over one output is constant, so that the loss is identically 0 (returned exactly, attached
+        to the graph);
+    flattened: does not exist (ValueError).
+
+    Args:
+        student: logits (b, d); for ``form="regression"`` outputs (b,) or (b, 1). float16, bfloat16, float32 or float64.
+        teacher: the same shape and device, any floating dtype; or integer class labels (b,) in [0, d), whose one-hot
+            rows are taken as ``t`` without a softmax (Eq. 23; not for regression). Label values are checked on the
+            CPU only.
+        mask: bool (b,); rows that are False are left out on both sides, whatever they hold (None: all rows count).
+            With no row left the loss is 0 and so is its gradient.
+        temperature: > 0, divides the logits. Not used for regression.
+        epsilon: > 0, entropic weight (lambda in the paper), in units of the cost.
+        num_iters: >= 1, number of iterations of rows and columns. Always all of them: there is no stopping rule.
+        form, variant: see above.
+        solver: ``"sinkhorn"``, or ``"sort"`` for the flattened and regression forms: the exact transport cost
+            (``epsilon`` to 0) by sorting.
+        reduction: ``"sum"`` as published, or ``"mean"``: divided by the number of rows that count.
+        backend: one of the package's backends, None chooses.
+
+    Returns:
+        Scalar loss in float32, or float64 for float64 inputs. Gradients are those of the unrolled iterations and go
+        to whatever requires them (a teacher under ``torch.no_grad`` does not).
+
+    Raises:
+        TypeError: a tensor argument of the wrong kind, a parameter of the wrong type.
+        ValueError: a wrong shape or device, a label out of range, an unknown word, a parameter out of range.
+
+    Source:
+        "Sinkhorn Distance Minimization for Knowledge Distillation", arXiv 2402.17110, and its extension in IEEE TNNLS
+        (equation numbers).
+
+    >>> import torch
+    >>> student = torch.tensor([[2.0, 0.0], [0.0, 2.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    >>> loss = sinkd(student, teacher)
+    >>> round(loss.item(), 4)
+    0.3462
+    >>> loss.backward()
+    >>> round(sinkd(student, torch.tensor([0, 1]), reduction="mean").item(), 4)
+    0.538
+    """
+    return _loss(
+        student, teacher, mask, _options(temperature, epsilon, num_iters, form, variant, solver, reduction, backend)
+    )
+
+
+class SinKD(nn.Module):
+    """Module form of :func:`sinkd`: the parameters are given once, ``forward(student, teacher, mask=None)`` gives the
+    loss.
+
+    Has no parameters, no buffers and no other state; can be pickled and copied. All parameters are keyword-only,
+    checked here, and documented in :func:`sinkd`.
+
+    >>> import torch
+    >>> loss = SinKD(temperature=2.0, epsilon=0.1, num_iters=20)
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    >>> loss(logits, logits).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 2.0,
+        epsilon: float = 0.1,
+        num_iters: int = 20,
+        form: str = "batch",
+        variant: str = "paper",
+        solver: str = "sinkhorn",
+        reduction: str = "sum",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._options = _options(temperature, epsilon, num_iters, form, variant, solver, reduction, backend)
+
+    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scalar loss of student (b, d) against teacher (b, d) or labels (b,); see :func:`sinkd`."""
+        return _loss(student, teacher, mask, self._options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._options._asdict().items())
+
+
+def _options(temperature, epsilon, num_iters, form, variant, solver, reduction, backend) -> _Options:
+    """The checked parameters."""
+    for name, word, known in (
+        ("form", form, FORMS),
+        ("variant", variant, VARIANTS),
+        ("solver", solver, SOLVERS),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        check_choice(name, word, known)
+    if solver == "sort" and form not in ("flattened", "regression"):
+        raise ValueError(
+            f"solver: expected 'sinkhorn' for form {form!r} ('sort' is for 'flattened' and 'regression'), got 'sort'"
+        )
+    if form == "flattened" and variant == "released":
+        raise ValueError(
+            "variant: expected 'paper' for form 'flattened' (the released code has no such form), got 'released'"
+        )
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str or None, got {type(backend).__name__}")
+    temperature, epsilon = positive_float("temperature", temperature), positive_float("epsilon", epsilon)
+    return _Options(
+        temperature, epsilon, positive_int("num_iters", num_iters), form, variant, solver, reduction, backend
+    )
+
+
+def _check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None, form: str) -> None:
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if not student.is_floating_point():
+        raise TypeError(f"student: expected a floating-point tensor, got {student.dtype}")
+    shape = student.shape
+    if form == "regression":
+        if not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)):
+            raise ValueError(f"student: expected shape (b,) or (b, 1) for form 'regression', got {tuple(shape)}")
+    elif len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"student: expected shape (b, d) with d >= 1, got {tuple(shape)}")
+    if teacher.device != student.device:
+        raise ValueError(f"teacher: expected device {student.device} as student, got {teacher.device}")
+    if teacher.is_floating_point():
+        if teacher.shape != shape:
+            raise ValueError(f"teacher: expected shape {tuple(shape)} as student, got {tuple(teacher.shape)}")
+    else:
+        _check_labels(student, teacher, form)
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask: expected a bool tensor, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}"
+        )
+    if mask.shape != shape[:1]:
+        raise ValueError(f"mask: expected shape {tuple(shape[:1])}, got {tuple(mask.shape)}")
+    if mask.device != student.device:
+        raise ValueError(f"mask: expected device {student.device} as student, got {mask.device}")
+
+
+def _check_labels(student: Tensor, labels: Tensor, form: str) -> None:
+    if labels.dtype in (torch.bool, torch.complex32, torch.complex64, torch.complex128):
+        raise TypeError(f"teacher: expected floating-point logits or integer class labels, got {labels.dtype}")
+    if form == "regression":
+        raise TypeError(f"teacher: expected a floating-point tensor for form 'regression', got {labels.dtype}")
+    if labels.shape != student.shape[:1]:
+        raise ValueError(
+            f"teacher: expected class labels of shape {tuple(student.shape[:1])}, got {tuple(labels.shape)}"
+        )
+
+
+def _loss(student: Tensor, teacher: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
+    _check_inputs(student, teacher, mask, options.form)
+    teacher_temperature = options.temperature
+    if not teacher.is_floating_point():
+        teacher = _forms.one_hot_rows(teacher, student, mask)
+        teacher_temperature = 0.0
+    student, teacher = _forms.at_least_float32(student, teacher)
+    if student.shape[0] == 0:
+        return _forms.zero(student, teacher)
+    if mask is not None:
+        # Rows left out may hold anything, NaN included: they are overwritten before any arithmetic.
+        keep = mask if student.dim() == 1 else mask.unsqueeze(-1)
+        student, teacher = torch.where(keep, student, 0.0), torch.where(keep, teacher, 0.0)
+    return _forms.FORMS[options.form](student, teacher, teacher_temperature, mask, options)

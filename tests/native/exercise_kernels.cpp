@@ -1,0 +1,183 @@
+// Runs every CPU kernel of every instruction set that this processor has, forward and backward, on shapes that hit
+// each tail, with workspaces of exactly the size that the core asks for. Built with sanitizers by test_sanitizers.py.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <type_traits>
+#include <vector>
+
+#include "otkd_fast/dispatch.h"
+#include "otkd_fast/sinkd.h"
+
+using namespace otkd_fast;
+
+template <class F32, class F64, class Args>
+auto call(F32 f32, F64 f64, const Args& args) {
+    if constexpr (std::is_invocable_v<F32, const Args&>) return f32(args);
+    else return f64(args);
+}
+
+// 64-byte aligned memory of exactly `bytes`, so that a sanitizer sees the first one beyond.
+struct Workspace {
+    void* memory = nullptr;
+    explicit Workspace(int64_t bytes) {
+        if (posix_memalign(&memory, 64, bytes > 0 ? bytes : 1)) std::abort();
+    }
+    ~Workspace() { std::free(memory); }
+};
+
+template <class T>
+std::vector<T> uniform(int64_t count) {
+    std::vector<T> values(count);
+    for (T& value : values) value = std::rand() / static_cast<T>(RAND_MAX);
+    return values;
+}
+
+struct Shape {
+    int64_t batch, n, m, d;
+};
+
+template <class T>
+void check_finite(const std::vector<T>& values, const char* what) {
+    for (T value : values) {
+        if (!std::isfinite(value)) {
+            std::printf("%s: not finite\n", what);
+            std::exit(1);
+        }
+    }
+}
+
+template <class T>
+std::vector<T> cost_matrix(const Shape& s, int threads, Metric metric, double temperature) {
+    std::vector<T> x = uniform<T>(s.batch * s.n * s.d), y = uniform<T>(s.batch * s.m * s.d), cost(s.batch * s.n * s.m);
+    std::vector<T> grad = uniform<T>(cost.size()), grad_x(x.size()), grad_y(y.size());
+    CostMatrixArgs<T> args{};
+    args.x = x.data();
+    args.y = y.data();
+    args.cost = cost.data();
+    args.batch = s.batch;
+    args.n = s.n;
+    args.m = s.m;
+    args.d = s.d;
+    args.x_batch_stride = s.n * s.d;
+    args.y_batch_stride = s.m * s.d;
+    args.metric = metric;
+    args.temperature_x = args.temperature_y = temperature;
+    args.threads = threads;
+    Workspace forward(cost_matrix_workspace(args, false) * sizeof(T)), backward(cost_matrix_workspace(args, true) * sizeof(T));
+    args.workspace = static_cast<T*>(forward.memory);
+    call(kernels().cost_matrix_fwd_float, kernels().cost_matrix_fwd_double, args);
+    args.workspace = static_cast<T*>(backward.memory);
+    args.grad_cost = grad.data();
+    args.grad_x = grad_x.data();
+    args.grad_y = grad_y.data();
+    call(kernels().cost_matrix_bwd_float, kernels().cost_matrix_bwd_double, args);
+    check_finite(cost, "cost");
+    check_finite(grad_x, "grad_x");
+    check_finite(grad_y, "grad_y");
+    return cost;
+}
+
+template <class T>
+void sinkhorn(const Shape& s, int threads, const std::vector<T>& cost, double epsilon, Gradient gradient) {
+    const int64_t num_iters = 3;
+    std::vector<T> a(s.batch * s.n, T(1) / s.n), b(s.batch * s.m, T(1) / s.m), f(a.size()), g(b.size());
+    std::vector<T> transport(s.batch), dual(s.batch), error(s.batch), grad_cost(cost.size()), grad_a(a.size()), grad_b(b.size());
+    std::vector<double> history(s.batch * (1 + num_iters * (s.n + s.m)));
+    SinkhornArgs<T> args{};
+    args.cost = cost.data();
+    args.a = a.data();
+    args.b = b.data();
+    args.history = history.data();
+    args.batch = s.batch;
+    args.n = s.n;
+    args.m = s.m;
+    args.num_iters = args.kept = num_iters;
+    args.epsilon = epsilon;
+    args.threads = threads;
+    args.transport_cost = transport.data();
+    args.regularized_cost = dual.data();
+    args.f = f.data();
+    args.g = g.data();
+    args.marginal_error = error.data();
+    const auto bytes = [&](bool backward) {
+        if constexpr (sizeof(T) == sizeof(float)) return kernels().sinkhorn_bytes_float(args, backward);
+        else return kernels().sinkhorn_bytes_double(args, backward);
+    };
+    Workspace forward(bytes(false)), backward(bytes(true));
+    args.workspace = static_cast<unsigned char*>(forward.memory);
+    call(kernels().sinkhorn_fwd_float, kernels().sinkhorn_fwd_double, args);
+    args.workspace = static_cast<unsigned char*>(backward.memory);
+    args.gradient = gradient;
+    args.grad_transport_cost = gradient == Gradient::envelope ? nullptr : transport.data();
+    args.grad_regularized_cost = gradient == Gradient::detach ? nullptr : dual.data();
+    args.grad_f = gradient == Gradient::unroll ? f.data() : nullptr;
+    args.grad_g = gradient == Gradient::unroll ? g.data() : nullptr;
+    args.grad_cost = grad_cost.data();
+    args.grad_a = gradient == Gradient::detach ? nullptr : grad_a.data();
+    args.grad_b = gradient == Gradient::detach ? nullptr : grad_b.data();
+    call(kernels().sinkhorn_bwd_float, kernels().sinkhorn_bwd_double, args);
+    check_finite(transport, "transport_cost");
+    check_finite(grad_cost, "grad_cost");
+    check_finite(grad_a, "grad_a");
+    check_finite(grad_b, "grad_b");
+}
+
+template <class T>
+void sinkd(const Shape& s, int threads, double epsilon) {
+    std::vector<T> rows = uniform<T>(s.batch * s.n * s.d), columns = uniform<T>(s.batch * s.m * s.d), loss(s.batch);
+    std::vector<T> grad_rows(rows.size()), grad_columns(columns.size());
+    SinkdArgs<T> args{};
+    args.rows = rows.data();
+    args.columns = columns.data();
+    args.batch = s.batch;
+    args.n = s.n;
+    args.m = s.m;
+    args.d = s.d;
+    args.num_iters = 3;
+    args.temperature_rows = args.temperature_columns = 2;
+    args.epsilon = epsilon;
+    args.scale = 2;
+    args.threads = threads;
+    args.transport_cost = loss.data();
+    args.grad_rows = grad_rows.data();
+    args.grad_columns = grad_columns.data();
+    Workspace workspace(sinkd_workspace_bytes(args));
+    args.workspace = static_cast<unsigned char*>(workspace.memory);
+    sinkd_value_and_grad(args);
+    check_finite(loss, "sinkd");
+    check_finite(grad_rows, "sinkd grad_rows");
+    check_finite(grad_columns, "sinkd grad_columns");
+}
+
+template <class T>
+void exercise(const Shape& shape, int threads) {
+    for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
+        for (double temperature : {0.0, 2.0}) {
+            const std::vector<T> cost = cost_matrix<T>(shape, threads, metric, temperature);
+            if (metric != Metric::l1) continue;
+            for (double epsilon : {0.1, 0.005, 0.00005}) {  // float scalings, double scalings, log domain
+                for (Gradient gradient : {Gradient::unroll, Gradient::envelope, Gradient::detach}) {
+                    sinkhorn<T>(shape, threads, cost, epsilon, gradient);
+                }
+            }
+        }
+    }
+    sinkd<T>(shape, threads, 0.1);
+}
+
+int main() {
+    // single entries, tails in every direction, a batch, one problem large enough for the threads to share, small ones apart
+    const std::vector<Shape> shapes{{1, 1, 1, 1},    {1, 3, 5, 2},  {2, 17, 33, 100},
+                                    {3, 9, 64, 300}, {1, 513, 515, 20}, {40, 40, 41, 30}};
+    for (const std::string& set : instruction_sets()) {
+        set_instruction_set(set);
+        for (int threads : {1, 3}) {
+            for (const Shape& shape : shapes) {
+                exercise<float>(shape, threads);
+                exercise<double>(shape, threads);
+            }
+        }
+        std::printf("%s ok\n", set.c_str());
+    }
+}
