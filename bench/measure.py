@@ -52,18 +52,21 @@ def interleaved_medians(
 ) -> dict[str, float]:
     """Median milliseconds a call; one block of each in turn, so that a slow spell of the machine meets all of them.
 
-    A block is as many calls as take about 5 ms; rounds are repeated until `seconds` are used, at least `min_rounds`.
+    A block is as many calls as take about 10 ms, after up to three untimed ones that find the caches as the block before
+    left them; rounds are repeated until `seconds` are used, at least `min_rounds`.
     """
     calls = {}
     for name, function in functions.items():
         function()
         start = time.perf_counter()
         function()
-        calls[name] = max(1, int(5e-3 / (time.perf_counter() - start)))
+        calls[name] = max(1, int(10e-3 / (time.perf_counter() - start)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(next(iter(samples.values()))) < min_rounds:
         for name, function in functions.items():
+            for _ in range(min(3, calls[name] - 1)):
+                function()
             start = time.perf_counter()
             for _ in range(calls[name]):
                 function()

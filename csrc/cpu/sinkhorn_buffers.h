@@ -47,20 +47,22 @@ struct Problem {
     double incoming(const T* grads) const { return grads ? static_cast<double>(grads[index]) : 0.0; }
 };
 
-// Loads one vector of S from T, converting float to double where they differ.
+// Loads one vector of S from T, converting between float and double where they differ.
 template <class S, class T>
 struct LoadAs {
     static OTKD_INLINE Vec<S> full(const T* p) {
         if constexpr (sizeof(S) == sizeof(T)) {
             return load(p);
         } else {
-            typedef T Half __attribute__((vector_size(OTKD_VECTOR_BYTES / 2)));
-            Half half;
-            std::memcpy(&half, p, sizeof half);
-            return __builtin_convertvector(half, Vec<S>);
+            typedef T Other __attribute__((vector_size(width<S> * sizeof(T))));
+            Other other;
+            std::memcpy(&other, p, sizeof other);
+            return __builtin_convertvector(other, Vec<S>);
         }
     }
+    // Lanes [0, count), the others `fill`.
     static OTKD_INLINE Vec<S> part(const T* p, int64_t count, S fill) {
+        if (count >= width<S>) return full(p);
         Vec<S> v = splat(fill);
         for (int64_t i = 0; i < count; ++i) v[i] = static_cast<S>(p[i]);
         return v;

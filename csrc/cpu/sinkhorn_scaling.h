@@ -153,9 +153,7 @@ bool Scaling<S, T>::iterate(const Problem<T>& p, const Team& team) {
             in_range &= s >= kLow<S> && s <= kHigh<S>;
             return u_[i] = a_[i] / s;
         });
-        if (kept_u) {
-            for (int64_t i = row0; i < row1 && i < n_; ++i) kept_u[i] = u_[i];
-        }
+        for (int64_t i = row0, end = row1 < n_ ? row1 : n_; kept_u && i < end; ++i) kept_u[i] = u_[i];
         team.barrier();
         const Vec<S> zero = {};
         VecInt<S> bad = {};
@@ -167,9 +165,7 @@ bool Scaling<S, T>::iterate(const Problem<T>& p, const Team& team) {
             store(v_ + j, used ? mass / total : zero);
         }
         for (int w = 0; w < width<S>; ++w) in_range &= bad[w] == 0;
-        if (kept_v) {
-            for (int64_t j = column0; j < column1 && j < m_; ++j) kept_v[j] = v_[j];
-        }
+        for (int64_t j = column0, end = column1 < m_ ? column1 : m_; kept_v && j < end; ++j) kept_v[j] = v_[j];
         team.barrier();
     }
     reduction_.put(team, 0, in_range ? 0 : 1);

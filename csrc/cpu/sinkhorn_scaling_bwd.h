@@ -77,14 +77,17 @@ void Scaling<S, T>::adjoint_loop(const Problem<T>& p, const Team& team) {
     rows_of(team, row0, row1);
     columns_of(team, column0, column1);
     S* sums = partial_ + team.rank * ld_;
+    const Vec<S> zero = {};
     for (int64_t t = args_.num_iters - 1; t >= 0; --t) {
         const double *u = p.kept_u(t), *v = p.kept_v(t), *before = t ? p.kept_v(t - 1) : nullptr;
         S *w = right_ + 2 * t * ld_, *v_before = w + ld_;
-        for (int64_t j = column0; j < column1; ++j) {
-            const bool used = b_[j] > 0;
-            w[j] = used ? gamma_[j] * static_cast<S>(v[j]) / b_[j] : S(0);
-            v_before[j] = !used ? S(0) : before ? static_cast<S>(before[j]) : S(1);
-            sum_gamma_[j] += gamma_[j];
+        for (int64_t j = column0; j < column1; j += width<S>) {
+            const Vec<S> mass = load(b_ + j), gamma = load(gamma_ + j);
+            const VecInt<S> used = mass > zero;
+            store(w + j, used ? gamma * LoadAs<S, double>::part(v + j, m_ - j, S(0)) / mass : zero);
+            const Vec<S> one = splat(S(1));
+            store(v_before + j, used ? (before ? LoadAs<S, double>::part(before + j, m_ - j, S(0)) : one) : zero);
+            for (int64_t k = j; args_.grad_b && k < j + width<S>; ++k) sum_gamma_[k] += gamma_[k];
         }
         std::memset(sums, 0, ld_ * sizeof(S));
         team.barrier();

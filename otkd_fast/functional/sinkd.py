@@ -73,7 +73,13 @@ class _SinKDEager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return *_gradients(ctx, grad), None, None, None
+        if torch.is_grad_enabled():
+            return *_gradients(ctx, grad), None, None, None
+        _, _, grad_rows, grad_columns = ctx.saved_tensors
+        need_rows, need_columns, *_ = ctx.needs_input_grad
+        factor = grad[..., None, None] if grad.dim() else grad
+        grad_rows = grad_rows * factor if need_rows else None
+        return grad_rows, grad_columns * factor if need_columns else None, None, None, None
 
 
 @keep_signature

@@ -33,8 +33,8 @@ def dtype_code(tensor: torch.Tensor) -> int:
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """Where the data starts; 0 for an operand that is absent or has no elements."""
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+    """Where the data starts; 0 for an operand that is absent (PyTorch's own answer where it has no elements)."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._library import address, contiguous, native
+from ._library import address, contiguous, dtype_code, native, product, workspace
 
 WIDE_RANGE = 60.0  # largest 2 / epsilon at which float32 is solved in float32
 
@@ -41,26 +41,25 @@ def _cpu(
             None if t is None else t.double() for t in (rows, columns, weights_rows, weights_columns)
         )
     rows, columns = rows.contiguous(), columns.contiguous()
-    weights_rows, weights_columns = contiguous(weights_rows), contiguous(weights_columns)
     *batch, n, d = rows.shape
-    m = columns.shape[-2]
+    problems = product(batch) if batch else 1
     transport_cost = rows.new_empty(batch)
-    grad_rows = rows.new_empty(rows.shape if need_rows else (0,))
-    grad_columns = rows.new_empty(columns.shape if need_columns else (0,))
-    problems = _library.product(batch)
+    grad_rows = torch.empty_like(rows) if need_rows else rows.new_empty(0)
+    grad_columns = torch.empty_like(columns) if need_columns else rows.new_empty(0)
     if problems:
-        code = _library.dtype_code(rows)
+        weights_rows, weights_columns = contiguous(weights_rows), contiguous(weights_columns)
+        code = dtype_code(rows)
         call = (
-            problems, n, m, d, num_iters, temperature_rows, temperature_columns, epsilon, scale,
-            torch.get_num_threads(), address(grad_rows), address(grad_columns),
+            problems, n, columns.shape[-2], d, num_iters, temperature_rows, temperature_columns, epsilon, scale,
+            torch.get_num_threads(), grad_rows.data_ptr(), grad_columns.data_ptr(),
         )  # fmt: skip
-        scratch = _library.workspace(native.sinkd_workspace(code, *call))
         native.sinkd_value_and_grad(
             code, rows.data_ptr(), columns.data_ptr(), address(weights_rows), address(weights_columns),
-            scratch.data_ptr(), transport_cost.data_ptr(), *call,
+            workspace(native.sinkd_workspace(code, *call)).data_ptr(), transport_cost.data_ptr(), *call,
         )  # fmt: skip
-    outputs = transport_cost, grad_rows, grad_columns
-    return outputs if transport_cost.dtype == dtype else tuple(output.to(dtype) for output in outputs)
+    if transport_cost.dtype is dtype:
+        return transport_cost, grad_rows, grad_columns
+    return transport_cost.to(dtype), grad_rows.to(dtype), grad_columns.to(dtype)
 
 
 _library.register(
