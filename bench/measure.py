@@ -50,7 +50,7 @@ def check(peer: Peer, function: Function, expected: tuple[Tensor, Tensor], input
 def interleaved_medians(
     functions: dict[str, Callable[[], object]], seconds: float, min_rounds: int = 5
 ) -> dict[str, float]:
-    """Median milliseconds a call; one block of each in turn, so that a slow spell of the machine meets all of them.
+    """Median milliseconds of single calls; a block of each function in turn, so that a slow spell of the machine meets all.
 
     A block is as many calls as take about 10 ms, after up to three untimed ones that find the caches as the block before
     left them; rounds are repeated until `seconds` are used, at least `min_rounds`.
@@ -63,14 +63,16 @@ def interleaved_medians(
         calls[name] = max(1, int(10e-3 / (time.perf_counter() - start)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(next(iter(samples.values()))) < min_rounds:
+    rounds = 0
+    while time.perf_counter() < stop or rounds < min_rounds:
+        rounds += 1
         for name, function in functions.items():
             for _ in range(min(3, calls[name] - 1)):
                 function()
-            start = time.perf_counter()
             for _ in range(calls[name]):
+                start = time.perf_counter()
                 function()
-            samples[name].append(1e3 * (time.perf_counter() - start) / calls[name])
+                samples[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 

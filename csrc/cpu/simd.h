@@ -208,6 +208,13 @@ void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64
     }
 }
 
+template <class T>
+OTKD_INLINE bool any(VecInt<T> mask) {
+    typename Simd<T>::Int bits = 0;
+    for (int i = 0; i < width<T>; ++i) bits |= mask[i];
+    return bits != 0;
+}
+
 // exp(scale * d) for a scale held as log2(e) * scale = hi + lo: the product is rounded once, so the result
 // keeps full relative accuracy down to the underflow. Below the smallest normal number it is 0; NaN stays NaN.
 template <class T>

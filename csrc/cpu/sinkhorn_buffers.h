@@ -113,7 +113,8 @@ void write_outputs(const Problem<T>& p, const double* row_sums, const double* co
         if (args.g) args.g[p.index * args.m + j] = static_cast<T>(eps * gamma);
         if (args.regularized_cost && b > 0 && std::isfinite(gamma)) dual += b * eps * (gamma - std::log(b));
     }
-    if (args.transport_cost) args.transport_cost[p.index] = static_cast<T>(transport_cost);
+    const double nan_mass = 0 * (mass_a + mass_b);  // a mass that is NaN took no part: say so in the result
+    if (args.transport_cost) args.transport_cost[p.index] = static_cast<T>(transport_cost + nan_mass);
     if (args.regularized_cost) args.regularized_cost[p.index] = static_cast<T>(dual + eps * (mass_a * mass_b - total));
     if (args.marginal_error) args.marginal_error[p.index] = static_cast<T>(error);
 }

@@ -98,9 +98,14 @@ void LogDomain<T>::row_updates(int64_t begin, int64_t end) {
         if (!(log_a_[i] > -kInfinity)) continue;
         const double* x = x_ + i * ld_;
         V best = splat(-kInfinity);
-        for (int64_t j = 0; j < ld_; j += width<double>) best = max<double>(load(gamma_ + j) - load(x + j), best);
+        VecInt<double> nan = {};
+        for (int64_t j = 0; j < ld_; j += width<double>) {
+            const V term = load(gamma_ + j) - load(x + j);
+            nan |= term != term;
+            best = max<double>(term, best);
+        }
         const double top = largest<double>(best);
-        if (top == -kInfinity) {
+        if (top == -kInfinity && !any<double>(nan)) {
             phi_[i] = -kInfinity;
             continue;
         }
@@ -159,7 +164,7 @@ void LogDomain<T>::plan_sums(const Team& team, double& transport_cost) {
         for (int64_t j = 0; j < ld_; j += width<double>) {
             const V entry = plan(x, phi_[i], gamma_, j);
             mass += entry;
-            moved += entry > zero ? entry * load(x + j) : zero;
+            moved += entry != zero ? entry * load(x + j) : zero;  // 0 times +inf is 0, NaN stays
             store(sums + j, load(sums + j) + entry);
         }
         row_sums_[i] = sum<double>(mass);
@@ -215,7 +220,7 @@ void LogDomain<T>::first_adjoint(const Problem<T>& p, const Team& team) {
         V mass = {}, moved = {};
         for (int64_t j = 0; j < ld_; j += width<double>) {
             const V entry = plan(x, phi_[i], gamma_, j);
-            const V cost = entry > zero ? entry * load(x + j) * eps : zero;
+            const V cost = entry != zero ? entry * load(x + j) * eps : zero;
             mass += entry;
             moved += cost;
             store(sums + j, load(sums + j) + cost);
@@ -293,7 +298,7 @@ void LogDomain<T>::write_gradients(const Problem<T>& p, const Team& team, bool u
             for (int64_t j = j0; j < m_ && j < j0 + width<double>; ++j) {
                 const double x = x_[i * ld_ + j], slope = unroll ? 1.0 - x : 1.0;
                 const double rest = unroll ? grad_[i * ld_ + j] / eps : 0.0;
-                out[j] = x < kInfinity ? static_cast<T>(entry[j - j0] * (of_transport * slope + of_dual) + rest) : T(0);
+                out[j] = x == kInfinity ? T(0) : static_cast<T>(entry[j - j0] * (of_transport * slope + of_dual) + rest);
             }
         }
     }

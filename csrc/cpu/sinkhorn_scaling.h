@@ -164,7 +164,7 @@ bool Scaling<S, T>::iterate(const Problem<T>& p, const Team& team) {
             store(columns_ + j, total);
             store(v_ + j, used ? mass / total : zero);
         }
-        for (int w = 0; w < width<S>; ++w) in_range &= bad[w] == 0;
+        in_range &= !any<S>(bad);
         for (int64_t j = column0, end = column1 < m_ ? column1 : m_; kept_v && j < end; ++j) kept_v[j] = v_[j];
         team.barrier();
     }
