@@ -50,10 +50,10 @@ def check(peer: Peer, function: Function, expected: tuple[Tensor, Tensor], input
 def interleaved_medians(
     functions: dict[str, Callable[[], object]], seconds: float, min_rounds: int = 5
 ) -> dict[str, float]:
-    """Median milliseconds of single calls; a block of each function in turn, so that a slow spell of the machine meets all.
+    """Median milliseconds of single calls; a block of each function in turn: a slow spell of the machine meets all.
 
-    A block is as many calls as take about 10 ms, after up to three untimed ones that find the caches as the block before
-    left them; rounds are repeated until `seconds` are used, at least `min_rounds`.
+    A block is as many calls as take about 10 ms, after up to three untimed ones that warm the caches again; rounds are
+    repeated until `seconds` are used, at least `min_rounds`.
     """
     calls = {}
     for name, function in functions.items():

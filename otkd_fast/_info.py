@@ -56,6 +56,7 @@ def _native_module() -> dict:
     if _native.module is None:
         return {"path": None, "reason": _native.reason}
     build = dict(_native.module.build_info())
+    build["thread_source"] = _native.module.thread_source()
     return {"path": _native.module.__file__, "instruction_set": _native.module.instruction_set(), **build}
 
 
@@ -171,6 +172,7 @@ def text(report: dict) -> str:
             ("native module", native["path"]),
             ("  built", f"{native['version']} by {native['compiler']}, {cuda}"),
             ("  CPU kernels", f"{', '.join(native['instruction_sets'])}; in use: {native['instruction_set']}"),
+            ("  threads", native["thread_source"]),
         ]
     facts += [("GPU", "; ".join(gpu["devices"]) or f"none: {gpu['reason']}")]
     if gpu["driver"]:

@@ -27,6 +27,7 @@ constexpr int kRows = 4, kGradRows = 2;
 #endif
 constexpr int64_t kDepth = 256;   // depth of a packed panel of y: 32 KiB
 constexpr int64_t kParallelWork = 2 * 1000 * 1000;  // terms, about 0.1 ms of one thread
+constexpr int64_t kGroup = 4;        // panels of depth that a task of the backward takes together
 constexpr int64_t kGradBlock = 256;  // rows of a packed panel of the other operand: 32 KiB
 
 // One problem of the batch after its rows were rewritten.
@@ -202,60 +203,73 @@ struct Side {
     int64_t na, nb, d;
 };
 
-// `columns` <= kVectors * width entries of depth from k0, rows [begin, end) of `out`.
+// Lanes in use of vector v in a panel of `columns` entries of depth.
+template <class T>
+OTKD_INLINE int64_t lanes(int64_t columns, int v) {
+    const int64_t left = columns - v * width<T>;
+    return left < width<T> ? left : int64_t{width<T>};
+}
+
+// Adds rows [j0, j0 + block) of b, packed as (block, kVectors vectors), to rows [i, i + rows) of `out`, depth k0 on.
 template <class T, bool kL1, int kVectors>
-void panel_bwd(const Side<T>& side, int64_t k0, int64_t columns, int64_t begin, int64_t end) {
-    constexpr int panel = kVectors * width<T>;
-    alignas(64) T packed[kGradBlock * panel];
-    const int64_t last = columns - (kVectors - 1) * width<T>;  // lanes in use of the last vector
-    const auto lanes = [&](int v) { return v == kVectors - 1 ? last : int64_t{width<T>}; };
-    for (int64_t j0 = 0; j0 < side.nb; j0 += kGradBlock) {
-        const int64_t block = side.nb - j0 < kGradBlock ? side.nb - j0 : kGradBlock;
-        for (int64_t j = 0; j < block; ++j) {
-            const T* b = side.b + (j0 + j) * side.d + k0;
+void tile_bwd(const Side<T>& side, const T* packed, int64_t k0, int64_t columns, int64_t i, int rows, int64_t j0,
+              int64_t block) {
+    Vec<T> a[kGradRows][kVectors], acc[kGradRows][kVectors] = {};
+    const T* w[kGradRows];
+    for (int r = 0; r < kGradRows; ++r) {
+        const int64_t row = i + (r < rows ? r : rows - 1);
+        w[r] = side.w + row * side.nb + j0;
+        for (int v = 0; v < kVectors; ++v) {
+            a[r][v] = load_up_to(side.a + row * side.d + k0 + v * width<T>, lanes<T>(columns, v), T(0));
+        }
+    }
+    for (int64_t j = 0; j < block; ++j) {
+        Vec<T> b[kVectors];
+        for (int v = 0; v < kVectors; ++v) b[v] = load(packed + (j * kVectors + v) * width<T>);
+        for (int r = 0; r < kGradRows; ++r) {
+            const Vec<T> weight = splat(w[r][j]);
             for (int v = 0; v < kVectors; ++v) {
-                store(packed + j * panel + v * width<T>, load_up_to(b + v * width<T>, lanes(v), T(0)));
+                const Vec<T> gap = a[r][v] - b[v];
+                acc[r][v] += weight * (kL1 ? sign<T>(gap) : gap);
             }
         }
-        for (int64_t i = begin; i < end; i += kGradRows) {
-            const int rows = end - i < kGradRows ? static_cast<int>(end - i) : kGradRows;
-            Vec<T> a[kGradRows][kVectors], acc[kGradRows][kVectors] = {};
-            const T* w[kGradRows];
-            for (int r = 0; r < kGradRows; ++r) {
-                const int64_t row = i + (r < rows ? r : rows - 1);
-                w[r] = side.w + row * side.nb + j0;
-                for (int v = 0; v < kVectors; ++v) {
-                    a[r][v] = load_up_to(side.a + row * side.d + k0 + v * width<T>, lanes(v), T(0));
-                }
-            }
-            for (int64_t j = 0; j < block; ++j) {
-                Vec<T> b[kVectors];
-                for (int v = 0; v < kVectors; ++v) b[v] = load(packed + j * panel + v * width<T>);
-                for (int r = 0; r < kGradRows; ++r) {
-                    const Vec<T> weight = splat(w[r][j]);
-                    for (int v = 0; v < kVectors; ++v) {
-                        const Vec<T> gap = a[r][v] - b[v];
-                        acc[r][v] += weight * (kL1 ? sign<T>(gap) : gap);
-                    }
-                }
-            }
-            for (int r = 0; r < rows; ++r) {
-                for (int v = 0; v < kVectors; ++v) {
-                    T* out = side.out + (i + r) * side.d + k0 + v * width<T>;
-                    store_up_to(out, j0 ? load_up_to(out, lanes(v), T(0)) + acc[r][v] : acc[r][v], lanes(v));
-                }
-            }
+    }
+    for (int r = 0; r < rows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t count = lanes<T>(columns, v);
+            T* out = side.out + (i + r) * side.d + k0 + v * width<T>;
+            store_up_to(out, j0 ? load_up_to(out, count, T(0)) + acc[r][v] : acc[r][v], count);
         }
     }
 }
 
-template <class T>
-void side_bwd(const Side<T>& side, bool l1, int64_t k0, int64_t begin, int64_t end) {
-    const int64_t columns = side.d - k0 < 2 * width<T> ? side.d - k0 : 2 * width<T>;
-    if (columns > width<T>) {
-        l1 ? panel_bwd<T, true, 2>(side, k0, columns, begin, end) : panel_bwd<T, false, 2>(side, k0, columns, begin, end);
-    } else {
-        l1 ? panel_bwd<T, true, 1>(side, k0, columns, begin, end) : panel_bwd<T, false, 1>(side, k0, columns, begin, end);
+// Rows [begin, end) of `out`, the kGroup panels of depth from k0: the weights of a tile serve all of them from cache.
+template <class T, bool kL1>
+void group_bwd(const Side<T>& side, int64_t k0, int64_t begin, int64_t end) {
+    constexpr int64_t panel = 2 * width<T>;
+    const int64_t k1 = k0 + kGroup * panel < side.d ? k0 + kGroup * panel : side.d;
+    alignas(64) T packed[kGroup][kGradBlock * panel];
+    for (int64_t j0 = 0; j0 < side.nb; j0 += kGradBlock) {
+        const int64_t block = side.nb - j0 < kGradBlock ? side.nb - j0 : kGradBlock;
+        for (int64_t k = k0; k < k1; k += panel) {
+            T* out = packed[(k - k0) / panel];
+            for (int64_t j = 0; j < block; ++j) {
+                for (int v = 0; v < 2 && k + v * width<T> < k1; ++v, out += width<T>) {
+                    store(out, load_up_to(side.b + (j0 + j) * side.d + k + v * width<T>, lanes<T>(k1 - k, v), T(0)));
+                }
+            }
+        }
+        for (int64_t i = begin; i < end; i += kGradRows) {
+            const int rows = end - i < kGradRows ? static_cast<int>(end - i) : kGradRows;
+            for (int64_t k = k0; k < k1; k += panel) {
+                const T* own = packed[(k - k0) / panel];
+                if (k1 - k > width<T>) {
+                    tile_bwd<T, kL1, 2>(side, own, k, k1 - k, i, rows, j0, block);
+                } else {
+                    tile_bwd<T, kL1, 1>(side, own, k, k1 - k, i, rows, j0, block);
+                }
+            }
+        }
     }
 }
 
@@ -338,15 +352,15 @@ void rows_bwd(const CostMatrixArgs<T>& args, const Team& team) {
 
 template <class T>
 void bwd(const CostMatrixArgs<T>& args) {
-    const int64_t panels = (args.d + 2 * width<T> - 1) / (2 * width<T>);
+    const int64_t depth = 2 * kGroup * width<T>, groups = (args.d + depth - 1) / depth;
     const bool l1 = args.metric == Metric::l1;
     parallel(useful_threads(args), [&](const Team& team) {
         rewrite_rows(args, team);
         fill_weights(args, team);
-        const int64_t cuts = team.size == 1 ? 1 : (4 * team.size + args.batch * panels - 1) / (args.batch * panels);
-        for (int64_t task = team.rank; task < 2 * args.batch * panels * cuts; task += team.size) {
-            const int64_t half = task / (args.batch * panels * cuts), rest = task % (args.batch * panels * cuts);
-            const int64_t index = rest / (panels * cuts), k0 = rest / cuts % panels * 2 * width<T>;
+        const int64_t cuts = team.size == 1 ? 1 : (4 * team.size + args.batch * groups - 1) / (args.batch * groups);
+        for (int64_t task = team.rank; task < 2 * args.batch * groups * cuts; task += team.size) {
+            const int64_t half = task / (args.batch * groups * cuts), rest = task % (args.batch * groups * cuts);
+            const int64_t index = rest / (groups * cuts), k0 = rest / cuts % groups * depth;
             if (!(half ? args.grad_y : args.grad_x)) continue;
             const Problem<T> p = problem(args, index);
             const T* w = l1 ? args.grad_cost + index * args.n * args.m : p.weights;
@@ -354,7 +368,7 @@ void bwd(const CostMatrixArgs<T>& args) {
             if (half) side = {p.y, p.x, p.weights_t, args.grad_y + index * args.m * args.d, args.m, args.n, args.d};
             int64_t begin, end;
             split(side.na, kGradRows, static_cast<int>(cuts), static_cast<int>(rest % cuts), begin, end);
-            side_bwd(side, l1, k0, begin, end);
+            l1 ? group_bwd<T, true>(side, k0, begin, end) : group_bwd<T, false>(side, k0, begin, end);
         }
         team.barrier();
         rows_bwd(args, team);
