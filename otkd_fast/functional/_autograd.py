@@ -58,6 +58,17 @@ def keep_signature(function: type[torch.autograd.Function]) -> type[torch.autogr
     return function
 
 
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors; while compiling, copies of those that come a second time, which dynamo cannot pass to a Function."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    result: list[Tensor | None] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in result)
+        result.append(tensor.clone() if again else tensor)
+    return tuple(result)
+
+
 def to_front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
     """`tensor` with the axis that vmap maps moved to the front."""
     return tensor if tensor is None or dim is None else tensor.movedim(dim, 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .. import reference
 from .._dispatch import resolve
-from ._autograd import keep_signature, mapped, needs_function, no_second_derivative, to_front, transformed
+from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, to_front, transformed
 from ._validate import HALF_DTYPES, check_choice, check_same_kind, check_tensor, positive_float
 
 METRICS = ("l1", "l2", "sqeuclidean", "cosine")
@@ -69,7 +69,7 @@ def cost_matrix(
     if resolve("cost_matrix", x.device, backend) == "reference":
         cost = reference.cost_matrix(x, y, metric=metric, softmax_temperature=softmax_temperature)
     elif needs_function(x, y):
-        cost = _CostMatrix.apply(x, y, metric, temperature)
+        cost = _CostMatrix.apply(*distinct(x, y), metric, temperature)
     else:
         cost = _forward(x, y, metric, temperature, temperature)
     return cost if cost.dtype == dtype else cost.to(dtype)

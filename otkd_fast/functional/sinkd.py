@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .._dispatch import resolve
 from ..reference.sinkd import sinkd_transport_cost as _reference
-from ._autograd import keep_signature, mapped, needs_function, no_second_derivative, transformed
+from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
 
 __all__ = ["sinkd_transport_cost"]
 
@@ -50,15 +50,11 @@ def sinkd_transport_cost(
     parameters = (temperature_rows, temperature_columns, epsilon, num_iters, scale)
     if not needs_function(rows, columns):
         return _value_and_grad(rows, columns, weights_rows, weights_columns, *parameters, False, False)[0]
-    if torch.compiler.is_compiling():
-        # Dynamo cannot trace an autograd.Function that takes one tensor twice.
-        columns = columns.clone() if columns is rows else columns
-        weights_columns = weights_columns.clone() if weights_columns is weights_rows is not None else weights_columns
     # Under a transform, requires_grad says nothing about outer levels: both gradients are made.
     unknown = torch._C._are_functorch_transforms_active()
     needs = unknown or rows.requires_grad, unknown or columns.requires_grad
     if unknown or torch.compiler.is_compiling():
-        return _SinKD.apply(rows, columns, weights_rows, weights_columns, *parameters, *needs)[0]
+        return _SinKD.apply(*distinct(rows, columns, weights_rows, weights_columns), *parameters, *needs)[0]
     return _SinKDEager.apply(rows, columns, weights_rows, weights_columns, (*parameters, *needs))
 
 

@@ -9,7 +9,7 @@ from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .. import reference
 from .._dispatch import resolve
 from .._guards import refuse_gradient, uncovered_message
-from ._autograd import keep_signature, mapped, needs_function, no_second_derivative, transformed
+from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
 from ._validate import (
     HALF_DTYPES,
     check_choice,
@@ -110,7 +110,7 @@ def sinkhorn(
             cost, a, b, epsilon=epsilon, num_iters=num_iters, update_first=update_first, gradient=gradient
         )
     elif needs_function(cost, a, b):
-        outputs = _Sinkhorn.apply(cost, a, b, epsilon, num_iters, update_first == "a", gradient)
+        outputs = _Sinkhorn.apply(*distinct(cost, a, b), epsilon, num_iters, update_first == "a", gradient)
     else:
         outputs = _forward(cost, a, b, epsilon, num_iters, update_first == "a", 0)
     return SinkhornResult(*outputs[:5], cost, epsilon, num_iters)

@@ -170,3 +170,15 @@ def test_forward_mode_raises(backend, generator):
         torch.func.jvp(lambda x: loss(backend)(x, y), (x,), (x,))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
         loss(backend)(torch.autograd.forward_ad.make_dual(x, x), y)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_compiles_with_one_tensor_twice(backend, generator):
+    x = torch.randn(5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    def loss(x):
+        return (otkd_fast.cost_matrix(x, x, metric="l2", backend=backend) * torch.arange(5.0, dtype=x.dtype)).sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    (actual,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(actual, expected)

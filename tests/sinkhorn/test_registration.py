@@ -248,3 +248,16 @@ def test_forward_mode_raises(backend, generator):
         torch.func.jvp(solve, (cost,), (cost,))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
         solve(torch.autograd.forward_ad.make_dual(cost, cost))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_compiles_with_one_marginal_on_both_sides(backend, generator):
+    cost = torch.rand(5, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    masses = torch.rand(5, dtype=torch.float64, generator=generator).softmax(-1).requires_grad_()
+
+    def loss(cost, masses):
+        return otkd_fast.sinkhorn(cost, masses, masses, epsilon=0.3, num_iters=4, backend=backend).transport_cost
+
+    expected = torch.autograd.grad(loss(cost, masses), (cost, masses))
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(cost, masses), (cost, masses))
+    torch.testing.assert_close(actual, expected)
