@@ -16,15 +16,25 @@ constexpr S kLow = sizeof(S) == 4 ? S(1e-25) : S(1e-200);
 template <class S>
 constexpr S kHigh = sizeof(S) == 4 ? S(1e25) : S(1e200);
 
+constexpr int64_t kSmallBytes = 40 * 1024;  // of the kernel and its transpose: they stay in the first-level cache
+
 template <class S, class T>
 class Scaling {
   public:
     Scaling(const SinkhornArgs<T>& args, Arena& arena, int threads, bool backward)
-        : args_(args), n_(args.n), m_(args.m), n_pad_(round_up(args.n, kBlock)), ld_(round_up(args.m, 2 * width<S>)) {
+        : args_(args),
+          n_(args.n),
+          m_(args.m),
+          n_pad_(round_up(args.n, kBlock)),
+          n_vec_(round_up(args.n, 2 * width<S>)),
+          ld_(round_up(args.m, 2 * width<S>)),
+          small_(2 * n_ * m_ * static_cast<int64_t>(sizeof(S)) <= kSmallBytes) {
         kernel_ = arena.take<S>(n_pad_ * ld_);
+        kernel_t_ = arena.take<S>(small_ ? m_ * n_vec_ : 0);
+        rows_ = arena.take<S>(small_ ? n_vec_ : 0);
         shift_ = arena.take<S>(n_pad_);
-        a_ = arena.take<S>(n_pad_);
-        u_ = arena.take<S>(n_pad_);
+        a_ = arena.take<S>(n_vec_);
+        u_ = arena.take<S>(n_vec_);
         b_ = arena.take<S>(ld_);
         v_ = arena.take<S>(ld_);
         columns_ = arena.take<S>(ld_);
@@ -33,7 +43,7 @@ class Scaling {
         column_sums_ = arena.take<double>(m_);
         reduction_.slots = arena.take<double>(threads * kSlots);
         if (!backward) return;
-        phi_ = arena.take<S>(n_pad_);
+        phi_ = arena.take<S>(n_vec_);
         sum_phi_ = arena.take<double>(n_pad_);
         gamma_ = arena.take<S>(ld_);
         sum_gamma_ = arena.take<double>(ld_);
@@ -47,6 +57,9 @@ class Scaling {
   private:
     void start(const Problem<T>& p, const Team& team);
     bool iterate(const Problem<T>& p, const Team& team);
+    void transpose_kernel();
+    bool iterate_small(const Problem<T>& p);
+    void adjoint_small(const double* u, const S* w, const S* v_before, int64_t t);
     void load_scalings(const Problem<T>& p, const Team& team);
     void first_adjoint(const Problem<T>& p, const Team& team);
     void adjoint_loop(const Problem<T>& p, const Team& team);
@@ -70,8 +83,9 @@ class Scaling {
     }
 
     const SinkhornArgs<T>& args_;
-    const int64_t n_, m_, n_pad_, ld_;
-    S *kernel_, *shift_, *a_, *u_, *b_, *v_, *columns_, *partial_;
+    const int64_t n_, m_, n_pad_, n_vec_, ld_;
+    const bool small_;
+    S *kernel_, *kernel_t_, *rows_, *shift_, *a_, *u_, *b_, *v_, *columns_, *partial_;
     double *row_sums_, *column_sums_;
     Reduction reduction_;
     S *phi_ = nullptr, *gamma_ = nullptr, *left_ = nullptr, *right_ = nullptr;
@@ -130,6 +144,7 @@ void Scaling<S, T>::start(const Problem<T>& p, const Team& team) {
             store(k + j, exp(shift_[i] - LoadAs<S, T>::part(row + j, m_ - j > 0 ? m_ - j : 0, inf)));
         }
     }
+    for (int64_t i = n_pad_; team.rank == 0 && i < n_vec_; ++i) a_[i] = 0;
     columns_of(team, begin, end);
     for (int64_t j = begin; j < end; ++j) {
         b_[j] = j < m_ ? static_cast<S>(p.mass_b(j)) : S(0);
@@ -140,6 +155,7 @@ void Scaling<S, T>::start(const Problem<T>& p, const Team& team) {
 
 template <class S, class T>
 bool Scaling<S, T>::iterate(const Problem<T>& p, const Team& team) {
+    if (small_) return iterate_small(p);
     int64_t row0, row1, column0, column1;
     rows_of(team, row0, row1);
     columns_of(team, column0, column1);
@@ -211,3 +227,4 @@ bool Scaling<S, T>::forward(const Problem<T>& p, const Team& team) {
 }  // namespace otkd_fast
 
 #include "sinkhorn_scaling_bwd.h"
+#include "sinkhorn_scaling_small.h"

@@ -89,6 +89,10 @@ void Scaling<S, T>::adjoint_loop(const Problem<T>& p, const Team& team) {
             store(v_before + j, used ? (before ? LoadAs<S, double>::part(before + j, m_ - j, S(0)) : one) : zero);
             for (int64_t k = j; args_.grad_b && k < j + width<S>; ++k) sum_gamma_[k] += gamma_[k];
         }
+        if (small_) {
+            adjoint_small(u, w, v_before, t);
+            continue;
+        }
         std::memset(sums, 0, ld_ * sizeof(S));
         team.barrier();
         const bool last = t == args_.num_iters - 1;
@@ -178,6 +182,7 @@ void Scaling<S, T>::backward(const Problem<T>& p, const Team& team) {
     if (!args_.kernel_ready) {
         start(p, team);
         load_scalings(p, team);
+        if (small_ && unroll) transpose_kernel();
     }
     if (unroll) {
         first_adjoint(p, team);

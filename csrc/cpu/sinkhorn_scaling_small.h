@@ -1,0 +1,100 @@
+// The loops of sinkhorn_scaling.h for a problem whose kernel fits in the first-level cache twice, as it is and transposed:
+// both half-iterations are then products "matrix rows times scalars" with the sums in the lanes, without a horizontal
+// sum, and everything else is done a vector at a time. The same recurrences, the same results to rounding. One thread.
+#pragma once
+#include "sinkhorn_scaling.h"
+
+namespace otkd_fast {
+namespace OTKD_ISA {
+namespace {
+
+// y_j = sum_i x_i matrix_ij for the kVectors vectors of columns at `matrix`, four rows at a time
+template <class S, int kVectors>
+OTKD_INLINE void multiply_columns(const S* matrix, int64_t rows, int64_t stride, const S* x, S* y) {
+    Vec<S> acc[4][kVectors] = {};
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+        for (int r = 0; r < 4; ++r) {
+            const Vec<S> factor = splat(x[i + r]);
+            for (int c = 0; c < kVectors; ++c) acc[r][c] += load(matrix + (i + r) * stride + c * width<S>) * factor;
+        }
+    }
+    for (; i < rows; ++i) {
+        const Vec<S> factor = splat(x[i]);
+        for (int c = 0; c < kVectors; ++c) acc[0][c] += load(matrix + i * stride + c * width<S>) * factor;
+    }
+    for (int c = 0; c < kVectors; ++c) store(y + c * width<S>, (acc[0][c] + acc[1][c]) + (acc[2][c] + acc[3][c]));
+}
+
+// y = x^T matrix, matrix (rows, stride), stride a multiple of two vectors
+template <class S>
+void multiply(const S* matrix, int64_t rows, int64_t stride, const S* x, S* y) {
+    int64_t j = 0;
+    for (; j + 4 * width<S> <= stride; j += 4 * width<S>) multiply_columns<S, 4>(matrix + j, rows, stride, x, y + j);
+    for (; j < stride; j += 2 * width<S>) multiply_columns<S, 2>(matrix + j, rows, stride, x, y + j);
+}
+
+// scaling = mass / sums where there is mass; false if a sum there is out of the safe range
+template <class S>
+bool divide(const S* mass, const S* sums, S* scaling, int64_t count) {
+    const Vec<S> zero = {};
+    VecInt<S> bad = {};
+    for (int64_t j = 0; j < count; j += width<S>) {
+        const Vec<S> own = load(mass + j), total = load(sums + j);
+        const VecInt<S> used = own > zero;
+        bad |= used & ~((total >= kLow<S>) & (total <= kHigh<S>));
+        store(scaling + j, used ? own / total : zero);
+    }
+    return !any<S>(bad);
+}
+
+// kernel_t_ (m, n), rows padded with zeros
+template <class S, class T>
+void Scaling<S, T>::transpose_kernel() {
+    transpose(kernel_, ld_, kernel_t_, n_vec_, n_, m_);
+    for (int64_t j = 0; j < m_; ++j) {
+        for (int64_t i = n_; i < n_vec_; ++i) kernel_t_[j * n_vec_ + i] = 0;
+    }
+}
+
+template <class S, class T>
+bool Scaling<S, T>::iterate_small(const Problem<T>& p) {
+    transpose_kernel();
+    bool in_range = true;
+    for (int64_t t = 0; t < args_.num_iters; ++t) {
+        double *kept_u = p.kept_u(t), *kept_v = p.kept_v(t);
+        multiply(kernel_t_, m_, n_vec_, v_, rows_);
+        in_range &= divide(a_, rows_, u_, n_vec_);
+        multiply(kernel_, n_, ld_, u_, columns_);
+        in_range &= divide(b_, columns_, v_, ld_);
+        for (int64_t i = 0; kept_u && i < n_; ++i) kept_u[i] = u_[i];
+        for (int64_t j = 0; kept_v && j < m_; ++j) kept_v[j] = v_[j];
+    }
+    return in_range;
+}
+
+// One iteration of the adjoint loop from w on: z into left_, gamma_ of the iteration before.
+template <class S, class T>
+void Scaling<S, T>::adjoint_small(const double* u, const S* w, const S* v_before, int64_t t) {
+    const Vec<S> zero = {};
+    const bool last = t == args_.num_iters - 1;
+    multiply(kernel_t_, m_, n_vec_, w, rows_);
+    for (int64_t i = 0; i < n_vec_; i += width<S>) {
+        const Vec<S> mass = load(a_ + i), scaling = LoadAs<S, double>::part(u + i, n_ - i, S(0));
+        const VecInt<S> used = mass > zero;
+        const Vec<S> own = used ? scaling : zero;
+        const Vec<S> phi = (last ? load(phi_ + i) : zero) - own * load(rows_ + i);
+        store(rows_ + i, used ? phi * own / mass : zero);
+        for (int64_t k = i; args_.grad_a && k < i + width<S> && k < n_; ++k) sum_phi_[k] += phi[k - i];
+    }
+    for (int64_t i = 0; i < n_; ++i) {
+        left_[i * 2 * args_.num_iters + 2 * t] = a_[i] > 0 ? static_cast<S>(u[i]) : S(0);
+        left_[i * 2 * args_.num_iters + 2 * t + 1] = rows_[i];
+    }
+    multiply(kernel_, n_, ld_, rows_, columns_);
+    for (int64_t j = 0; j < ld_; j += width<S>) store(gamma_ + j, -(load(v_before + j) * load(columns_ + j)));
+}
+
+}  // namespace
+}  // namespace OTKD_ISA
+}  // namespace otkd_fast
