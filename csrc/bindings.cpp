@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "otkd_fast/dispatch.h"
 #include "otkd_fast/sinkd.h"
@@ -43,34 +44,32 @@ auto with_type(int dtype, Body body) {
     throw std::invalid_argument("dtype code must be 0 (float32) or 1 (float64), got " + std::to_string(dtype));
 }
 
-void call(void (*f32)(const CostMatrixArgs<float>&), void (*)(const CostMatrixArgs<double>&),
-          const CostMatrixArgs<float>& args) {
-    f32(args);
-}
-void call(void (*)(const CostMatrixArgs<float>&), void (*f64)(const CostMatrixArgs<double>&),
-          const CostMatrixArgs<double>& args) {
-    f64(args);
-}
-void call(void (*f32)(const SinkhornArgs<float>&), void (*)(const SinkhornArgs<double>&),
-          const SinkhornArgs<float>& args) {
-    f32(args);
-}
-void call(void (*)(const SinkhornArgs<float>&), void (*f64)(const SinkhornArgs<double>&),
-          const SinkhornArgs<double>& args) {
-    f64(args);
+// Of a kernel's two instantiations the one for these arguments.
+template <template <class> class Args, class T>
+void call(void (*f32)(const Args<float>&), void (*f64)(const Args<double>&), const Args<T>& args) {
+    if constexpr (std::is_same_v<T, float>) f32(args);
+    else f64(args);
 }
 
 template <class T>
-CostMatrixArgs<T> cost_matrix_args(int64_t batch, int64_t n, int64_t m, int64_t d, int metric, double temperature_x,
-                                   double temperature_y) {
+CostMatrixArgs<T> cost_matrix_args(Address x, Address y, Address cost, Address workspace, int64_t batch, int64_t n,
+                                   int64_t m, int64_t d, int64_t x_batch_stride, int64_t y_batch_stride, int metric,
+                                   double temperature_x, double temperature_y, int threads) {
     CostMatrixArgs<T> args{};
+    args.x = pointer<T>(x);
+    args.y = pointer<T>(y);
+    args.cost = pointer<T>(cost);
+    args.workspace = pointer<T>(workspace);
     args.batch = batch;
     args.n = n;
     args.m = m;
     args.d = d;
+    args.x_batch_stride = x_batch_stride;
+    args.y_batch_stride = y_batch_stride;
     args.metric = static_cast<Metric>(metric);
     args.temperature_x = temperature_x;
     args.temperature_y = temperature_y;
+    args.threads = threads;
     return args;
 }
 
@@ -78,7 +77,8 @@ int64_t cost_matrix_workspace_elements(int dtype, int64_t batch, int64_t n, int6
                                        double temperature_x, double temperature_y, bool backward) {
     return with_type(dtype, [&](auto type) {
         using T = decltype(type);
-        return cost_matrix_workspace(cost_matrix_args<T>(batch, n, m, d, metric, temperature_x, temperature_y), backward);
+        return cost_matrix_workspace(
+            cost_matrix_args<T>(0, 0, 0, 0, batch, n, m, d, 0, 0, metric, temperature_x, temperature_y, 1), backward);
     });
 }
 
@@ -87,15 +87,9 @@ void cost_matrix_fwd(int dtype, Address x, Address y, Address cost, Address work
                      double temperature_x, double temperature_y, int threads) {
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
-        CostMatrixArgs<T> args = cost_matrix_args<T>(batch, n, m, d, metric, temperature_x, temperature_y);
-        args.x = pointer<T>(x);
-        args.y = pointer<T>(y);
-        args.cost = pointer<T>(cost);
-        args.workspace = pointer<T>(workspace);
-        args.x_batch_stride = x_batch_stride;
-        args.y_batch_stride = y_batch_stride;
-        args.threads = threads;
-        call(kernels().cost_matrix_fwd_float, kernels().cost_matrix_fwd_double, args);
+        call(kernels().cost_matrix_fwd_float, kernels().cost_matrix_fwd_double,
+             cost_matrix_args<T>(x, y, cost, workspace, batch, n, m, d, x_batch_stride, y_batch_stride, metric,
+                                 temperature_x, temperature_y, threads));
     });
 }
 
@@ -104,17 +98,11 @@ void cost_matrix_bwd(int dtype, Address x, Address y, Address cost, Address grad
                      int64_t y_batch_stride, int metric, double temperature_x, double temperature_y, int threads) {
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
-        CostMatrixArgs<T> args = cost_matrix_args<T>(batch, n, m, d, metric, temperature_x, temperature_y);
-        args.x = pointer<T>(x);
-        args.y = pointer<T>(y);
-        args.cost = pointer<T>(cost);
+        CostMatrixArgs<T> args = cost_matrix_args<T>(x, y, cost, workspace, batch, n, m, d, x_batch_stride,
+                                                     y_batch_stride, metric, temperature_x, temperature_y, threads);
         args.grad_cost = pointer<T>(grad_cost);
         args.grad_x = pointer<T>(grad_x);
         args.grad_y = pointer<T>(grad_y);
-        args.workspace = pointer<T>(workspace);
-        args.x_batch_stride = x_batch_stride;
-        args.y_batch_stride = y_batch_stride;
-        args.threads = threads;
         call(kernels().cost_matrix_bwd_float, kernels().cost_matrix_bwd_double, args);
     });
 }
