@@ -53,9 +53,10 @@ def _cpu(
             problems, n, columns.shape[-2], d, num_iters, temperature_rows, temperature_columns, epsilon, scale,
             torch.get_num_threads(), grad_rows.data_ptr(), grad_columns.data_ptr(),
         )  # fmt: skip
+        scratch = workspace(native.sinkd_workspace(code, *call))  # a name: it must outlive the call
         native.sinkd_value_and_grad(
             code, rows.data_ptr(), columns.data_ptr(), address(weights_rows), address(weights_columns),
-            workspace(native.sinkd_workspace(code, *call)).data_ptr(), transport_cost.data_ptr(), *call,
+            scratch.data_ptr(), transport_cost.data_ptr(), *call,
         )  # fmt: skip
     if transport_cost.dtype is dtype:
         return transport_cost, grad_rows, grad_columns

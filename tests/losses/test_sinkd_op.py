@@ -5,6 +5,7 @@ import torch
 
 import otkd_fast
 from otkd_fast.functional.sinkd import sinkd_transport_cost
+from otkd_fast.losses import SinKD
 from otkd_fast.testing import backends, tolerance
 
 COMPILED = backends("sinkd", compiled_only=True)
@@ -77,3 +78,17 @@ def test_incoming_gradients_scale_each_problem(backend):
     factors = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64)
     (scaled,) = torch.autograd.grad(value, rows, factors)
     torch.testing.assert_close(scaled, each * factors[:, None, None])
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_vocabulary_sized_rows(backend):
+    """A workspace beyond what is kept from call to call: rows of 150 000 logits, bfloat16 in."""
+    student = torch.randn(61, 150_000).bfloat16().requires_grad_()
+    teacher = torch.randn(61, 150_000).bfloat16()
+    loss = SinKD(backend=backend, num_iters=5)(student, teacher)
+    (gradient,) = torch.autograd.grad(loss, student)
+    rows, columns = (torch.softmax(x.detach().double() / 2, -1) for x in (teacher, student))
+    cost = torch.cdist(rows, columns, p=1)
+    expected = 61 * otkd_fast.sinkhorn(cost, epsilon=0.1, num_iters=5, backend="reference").transport_cost
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)
+    assert gradient.dtype == torch.bfloat16 and gradient.isfinite().all() and gradient.abs().sum() > 0
