@@ -52,9 +52,18 @@ def test_batch_float32_is_near_float64(b, d, epsilon, backend):
     expected_value, expected_gradient = oracle_batch(b, d, epsilon)
     assert value.dtype == torch.float32 and gradient.dtype == torch.float32
     torch.testing.assert_close(value.double(), expected_value, rtol=1e-5, atol=0.0)
-    # a pair of probabilities that agree to float32 rounding has either sign, which moves the gradient of a row or two
     row_errors = (gradient.double() - expected_gradient).norm(dim=1) / expected_gradient.norm(dim=1).max()
-    assert row_errors.quantile(0.9) < 1e-4 and row_errors.max() < 2e-2
+    assert row_errors.quantile(0.9) < 1e-5
+    # The L1 cost has a kink where two probabilities meet: only where a pair agrees to the rounding of a float32 softmax,
+    # its sign is open and moves the gradient of a row or two.
+    assert row_errors.max() < (1e-5 if closest_pair(b, d) > 5e-7 else 5e-3)
+
+
+@functools.cache
+def closest_pair(b, d):
+    """The smallest relative difference between a probability of the student and one of the teacher, same class."""
+    s, t = (torch.softmax(x.double() / 2.0, -1) for x in logits(b, d, dtype=torch.float32))
+    return min(((row - t).abs() / torch.maximum(row, t)).min().item() for row in s)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
