@@ -54,8 +54,8 @@ def test_batch_float32_is_near_float64(b, d, epsilon, backend):
     torch.testing.assert_close(value.double(), expected_value, rtol=1e-5, atol=0.0)
     row_errors = (gradient.double() - expected_gradient).norm(dim=1) / expected_gradient.norm(dim=1).max()
     assert row_errors.quantile(0.9) < 1e-5
-    # The L1 cost has a kink where two probabilities meet: only where a pair agrees to the rounding of a float32 softmax,
-    # its sign is open and moves the gradient of a row or two.
+    # The L1 cost has a kink where two probabilities meet: where a pair agrees to the rounding of a float32 softmax
+    # (and only there) its sign is open and moves the gradient of a row or two.
     assert row_errors.max() < (1e-5 if closest_pair(b, d) > 5e-7 else 5e-3)
 
 
