@@ -9,7 +9,9 @@
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 on its own AVX-512 header
+#endif
 #define OTKD_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define OTKD_VECTOR_BYTES 32

@@ -2,9 +2,8 @@
 (``csrc/cpu/sinkd.cpp``).
 
 Value and gradients are multiplied by ``scale``. The gradients come with the value, for an incoming gradient of 1: the
-backward of the loss only multiplies them by the one that comes. An L1 cost of
-softmax rows is at most 2; where 2 / epsilon leaves the range in which a float32 cost determines the plan to 1e-5,
-float32 input is solved in float64.
+backward of the loss only multiplies them by the one that comes. An L1 cost of softmax rows is at most 2; where
+2 / epsilon leaves the range in which a float32 cost determines the plan to 1e-5, float32 input is solved in float64.
 """
 
 from __future__ import annotations
