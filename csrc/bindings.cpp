@@ -6,7 +6,6 @@
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "otkd_fast/dispatch.h"
 #include "otkd_fast/sinkd.h"
@@ -42,13 +41,6 @@ auto with_type(int dtype, Body body) {
     if (dtype == static_cast<int>(DType::float32)) return body(float{});
     if (dtype == static_cast<int>(DType::float64)) return body(double{});
     throw std::invalid_argument("dtype code must be 0 (float32) or 1 (float64), got " + std::to_string(dtype));
-}
-
-// Of a kernel's two instantiations the one for these arguments.
-template <template <class> class Args, class T>
-void call(void (*f32)(const Args<float>&), void (*f64)(const Args<double>&), const Args<T>& args) {
-    if constexpr (std::is_same_v<T, float>) f32(args);
-    else f64(args);
 }
 
 template <class T>
@@ -87,9 +79,9 @@ void cost_matrix_fwd(int dtype, Address x, Address y, Address cost, Address work
                      double temperature_x, double temperature_y, int threads) {
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
-        call(kernels().cost_matrix_fwd_float, kernels().cost_matrix_fwd_double,
-             cost_matrix_args<T>(x, y, cost, workspace, batch, n, m, d, x_batch_stride, y_batch_stride, metric,
-                                 temperature_x, temperature_y, threads));
+        kernels().of<T>().cost_matrix_fwd(cost_matrix_args<T>(x, y, cost, workspace, batch, n, m, d, x_batch_stride,
+                                                              y_batch_stride, metric, temperature_x, temperature_y,
+                                                              threads));
     });
 }
 
@@ -103,7 +95,7 @@ void cost_matrix_bwd(int dtype, Address x, Address y, Address cost, Address grad
         args.grad_cost = pointer<T>(grad_cost);
         args.grad_x = pointer<T>(grad_x);
         args.grad_y = pointer<T>(grad_y);
-        call(kernels().cost_matrix_bwd_float, kernels().cost_matrix_bwd_double, args);
+        kernels().of<T>().cost_matrix_bwd(args);
     });
 }
 
@@ -131,8 +123,7 @@ int64_t sinkhorn_workspace_bytes(int dtype, int64_t batch, int64_t n, int64_t m,
     return with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const SinkhornArgs<T> args = sinkhorn_args<T>(0, 0, 0, 0, 0, batch, n, m, num_iters, 0, 1.0, threads);
-        if constexpr (sizeof(T) == sizeof(float)) return kernels().sinkhorn_bytes_float(args, backward);
-        else return kernels().sinkhorn_bytes_double(args, backward);
+        return kernels().of<T>().sinkhorn_workspace_bytes(args, backward);
     });
 }
 
@@ -148,7 +139,7 @@ void sinkhorn_fwd(int dtype, Address cost, Address a, Address b, Address history
         args.f = pointer<T>(f);
         args.g = pointer<T>(g);
         args.marginal_error = pointer<T>(marginal_error);
-        call(kernels().sinkhorn_fwd_float, kernels().sinkhorn_fwd_double, args);
+        kernels().of<T>().sinkhorn_fwd(args);
     });
 }
 
@@ -168,7 +159,7 @@ void sinkhorn_bwd(int dtype, Address cost, Address a, Address b, Address history
         args.grad_cost = pointer<T>(grad_cost);
         args.grad_a = pointer<T>(grad_a);
         args.grad_b = pointer<T>(grad_b);
-        call(kernels().sinkhorn_bwd_float, kernels().sinkhorn_bwd_double, args);
+        kernels().of<T>().sinkhorn_bwd(args);
     });
 }
 

@@ -21,7 +21,7 @@ def refuse_gradient(grad: Tensor, message: str) -> None:
     torch._assert_async((grad == 0).all(), message)
 
 
-class _Uncovered(torch.autograd.Function):
+class _Refuse(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -42,24 +42,7 @@ def uncovered(value: Tensor, anchor: Tensor, message: str) -> Tensor:
     """`value`, attached to the graph of `anchor` so that a backward pass through it raises."""
     if not anchor.requires_grad and not torch._C._are_functorch_transforms_active():
         return value
-    return _Uncovered.apply(value, anchor, message)
-
-
-class _RefuseSecond(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor, anchor: Tensor, message: str) -> Tensor:
-        return grad.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.message = inputs[2]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        refuse_gradient(grad, ctx.message)
-        return None, None, None
+    return _Refuse.apply(value, anchor, message)
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -79,7 +62,7 @@ class _FirstOrderOnly(torch.autograd.Function):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return grad, None
         # the anchor makes the gradient require grad even where it is a constant, so that a second derivative raises
-        return _RefuseSecond.apply(grad, ctx.saved_tensors[0], ctx.message), None
+        return _Refuse.apply(grad, ctx.saved_tensors[0], ctx.message), None
 
 
 def first_order_only(value: Tensor, message: str) -> Tensor:

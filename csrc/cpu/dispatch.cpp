@@ -5,10 +5,10 @@
 namespace otkd_fast {
 namespace {
 
-#define OTKD_FAST_KERNELS(ISA)                                                                        \
-    {#ISA,               ISA::cost_matrix_fwd, ISA::cost_matrix_fwd, ISA::cost_matrix_bwd,            \
-     ISA::cost_matrix_bwd, ISA::sinkhorn_fwd,  ISA::sinkhorn_fwd,    ISA::sinkhorn_bwd,               \
-     ISA::sinkhorn_bwd,  ISA::sinkhorn_workspace_bytes, ISA::sinkhorn_workspace_bytes}
+#define OTKD_FAST_KERNELS_OF(ISA)                                                  \
+    {ISA::cost_matrix_fwd, ISA::cost_matrix_bwd, ISA::sinkhorn_fwd, ISA::sinkhorn_bwd, \
+     ISA::sinkhorn_workspace_bytes}
+#define OTKD_FAST_KERNELS(ISA) {#ISA, OTKD_FAST_KERNELS_OF(ISA), OTKD_FAST_KERNELS_OF(ISA)}
 
 const Kernels kBaseline = OTKD_FAST_KERNELS(baseline);
 #if defined(__x86_64__)

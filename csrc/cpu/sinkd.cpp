@@ -10,17 +10,6 @@
 namespace otkd_fast {
 namespace {
 
-void cost_fwd(const CostMatrixArgs<float>& args) { kernels().cost_matrix_fwd_float(args); }
-void cost_fwd(const CostMatrixArgs<double>& args) { kernels().cost_matrix_fwd_double(args); }
-void cost_bwd(const CostMatrixArgs<float>& args) { kernels().cost_matrix_bwd_float(args); }
-void cost_bwd(const CostMatrixArgs<double>& args) { kernels().cost_matrix_bwd_double(args); }
-void solve_fwd(const SinkhornArgs<float>& args) { kernels().sinkhorn_fwd_float(args); }
-void solve_fwd(const SinkhornArgs<double>& args) { kernels().sinkhorn_fwd_double(args); }
-void solve_bwd(const SinkhornArgs<float>& args) { kernels().sinkhorn_bwd_float(args); }
-void solve_bwd(const SinkhornArgs<double>& args) { kernels().sinkhorn_bwd_double(args); }
-int64_t solve_bytes(const SinkhornArgs<float>& args, bool backward) { return kernels().sinkhorn_bytes_float(args, backward); }
-int64_t solve_bytes(const SinkhornArgs<double>& args, bool backward) { return kernels().sinkhorn_bytes_double(args, backward); }
-
 // The two calls and the pieces of memory that they share; with a null workspace it only counts.
 template <class T>
 struct Plan {
@@ -59,7 +48,8 @@ struct Plan {
             incoming = take<T>(args, args.batch);
             solve.history = take<double>(args, args.batch * (1 + args.num_iters * (args.n + args.m)));
         }
-        solve.workspace = take<unsigned char>(args, std::max(solve_bytes(solve, false), backward ? solve_bytes(solve, true) : 0));
+        const auto bytes_of = kernels().of<T>().sinkhorn_workspace_bytes;
+        solve.workspace = take<unsigned char>(args, std::max(bytes_of(solve, false), backward ? bytes_of(solve, true) : 0));
     }
 
     template <class S>
@@ -79,21 +69,22 @@ int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args) {
 
 template <class T>
 void sinkd_value_and_grad(const SinkdArgs<T>& args) {
+    const KernelsOf<T>& run = kernels().of<T>();
     Plan<T> plan(args);
-    cost_fwd(plan.cost);
-    solve_fwd(plan.solve);
+    run.cost_matrix_fwd(plan.cost);
+    run.sinkhorn_fwd(plan.solve);
     for (int64_t index = 0; index < args.batch; ++index) args.transport_cost[index] *= static_cast<T>(args.scale);
     if (!args.grad_rows && !args.grad_columns) return;
     std::fill(plan.incoming, plan.incoming + args.batch, static_cast<T>(args.scale));
     plan.solve.grad_transport_cost = plan.incoming;
     plan.solve.grad_cost = plan.grad_cost;
     plan.solve.kernel_ready = args.batch == 1;
-    solve_bwd(plan.solve);
+    run.sinkhorn_bwd(plan.solve);
     plan.cost.rows_ready = true;
     plan.cost.grad_cost = plan.grad_cost;
     plan.cost.grad_x = args.grad_rows;
     plan.cost.grad_y = args.grad_columns;
-    cost_bwd(plan.cost);
+    run.cost_matrix_bwd(plan.cost);
 }
 
 template int64_t sinkd_workspace_bytes(const SinkdArgs<float>&);

@@ -16,6 +16,20 @@ constexpr S kLow = sizeof(S) == 4 ? S(1e-25) : S(1e-200);
 template <class S>
 constexpr S kHigh = sizeof(S) == 4 ? S(1e25) : S(1e200);
 
+// scaling = mass / sums where there is mass; false if a sum there is out of the safe range
+template <class S>
+bool divide(const S* mass, const S* sums, S* scaling, int64_t count) {
+    const Vec<S> zero = {};
+    VecInt<S> bad = {};
+    for (int64_t j = 0; j < count; j += width<S>) {
+        const Vec<S> own = load(mass + j), total = load(sums + j);
+        const VecInt<S> used = own > zero;
+        bad |= used & ~((total >= kLow<S>) & (total <= kHigh<S>));
+        store(scaling + j, used ? own / total : zero);
+    }
+    return !any<S>(bad);
+}
+
 constexpr int64_t kSmallBytes = 40 * 1024;  // of the kernel and its transpose: they stay in the first-level cache
 
 template <class S, class T>
@@ -171,16 +185,8 @@ bool Scaling<S, T>::iterate(const Problem<T>& p, const Team& team) {
         });
         for (int64_t i = row0, end = row1 < n_ ? row1 : n_; kept_u && i < end; ++i) kept_u[i] = u_[i];
         team.barrier();
-        const Vec<S> zero = {};
-        VecInt<S> bad = {};
-        for (int64_t j = column0; j < column1; j += width<S>) {
-            const Vec<S> total = column_sum(team, j), mass = load(b_ + j);
-            const VecInt<S> used = mass > zero;
-            bad |= used & ~((total >= kLow<S>) & (total <= kHigh<S>));
-            store(columns_ + j, total);
-            store(v_ + j, used ? mass / total : zero);
-        }
-        in_range &= !any<S>(bad);
+        for (int64_t j = column0; j < column1; j += width<S>) store(columns_ + j, column_sum(team, j));
+        in_range &= divide(b_ + column0, columns_ + column0, v_ + column0, column1 - column0);
         for (int64_t j = column0, end = column1 < m_ ? column1 : m_; kept_v && j < end; ++j) kept_v[j] = v_[j];
         team.barrier();
     }

@@ -34,20 +34,6 @@ void multiply(const S* matrix, int64_t rows, int64_t stride, const S* x, S* y) {
     for (; j < stride; j += 2 * width<S>) multiply_columns<S, 2>(matrix + j, rows, stride, x, y + j);
 }
 
-// scaling = mass / sums where there is mass; false if a sum there is out of the safe range
-template <class S>
-bool divide(const S* mass, const S* sums, S* scaling, int64_t count) {
-    const Vec<S> zero = {};
-    VecInt<S> bad = {};
-    for (int64_t j = 0; j < count; j += width<S>) {
-        const Vec<S> own = load(mass + j), total = load(sums + j);
-        const VecInt<S> used = own > zero;
-        bad |= used & ~((total >= kLow<S>) & (total <= kHigh<S>));
-        store(scaling + j, used ? own / total : zero);
-    }
-    return !any<S>(bad);
-}
-
 // kernel_t_ (m, n), rows padded with zeros
 template <class S, class T>
 void Scaling<S, T>::transpose_kernel() {

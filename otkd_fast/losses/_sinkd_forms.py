@@ -125,8 +125,7 @@ def _regression(student: Tensor, teacher: Tensor, _: float, mask: Tensor | None,
         count = mask.sum()
         # A sinkhorn problem needs mass: with no row left the zeros written over the rows make every cost 0.
         kept = mask | (count == 0)
-        a = kept.to(student.dtype) / kept.sum()
-        b = a.clone()  # torch.compile cannot trace an autograd.Function that takes one tensor twice
+        a = b = kept.to(student.dtype) / kept.sum()
     cost = cost_matrix(teacher.unsqueeze(-1), student.unsqueeze(-1), metric="l1", backend=options.backend)
     result = sinkhorn(cost, a, b, epsilon=options.epsilon, num_iters=options.num_iters, backend=options.backend)
     return result.transport_cost * count if options.reduction == "sum" else result.transport_cost

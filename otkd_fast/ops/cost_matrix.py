@@ -31,23 +31,16 @@ def _fwd_cpu(x: Tensor, y: Tensor, metric: str, temperature_x: float, temperatur
     x, y = x.contiguous(), y.contiguous()
     batch, n, m, d = _sizes(x, y)
     cost = x.new_empty((*batch, n, m))
-    forward(x, y, cost, METRICS[metric], temperature_x, temperature_y)
-    return cost
-
-
-def forward(x: Tensor, y: Tensor, cost: Tensor, metric: int, temperature_x: float, temperature_y: float) -> None:
-    """Fills ``cost``; everything contiguous."""
-    batch, n, m, d = _sizes(x, y)
     if cost.numel() == 0 or d == 0:
-        cost.zero_()  # the sum over no features
-        return
-    problems, code = _library.product(batch), _library.dtype_code(x)
-    elements = native.cost_matrix_workspace(code, problems, n, m, d, metric, temperature_x, temperature_y, False)
+        return cost.zero_()  # the sum over no features
+    problems, code, kind = _library.product(batch), _library.dtype_code(x), METRICS[metric]
+    elements = native.cost_matrix_workspace(code, problems, n, m, d, kind, temperature_x, temperature_y, False)
     scratch = _library.workspace(elements * x.element_size())
     native.cost_matrix_fwd(
         code, address(x), address(y), cost.data_ptr(), scratch.data_ptr(), problems, n, m, d,
-        *_batch_strides(x, y, n, m, d), metric, temperature_x, temperature_y, torch.get_num_threads(),
+        *_batch_strides(x, y, n, m, d), kind, temperature_x, temperature_y, torch.get_num_threads(),
     )  # fmt: skip
+    return cost
 
 
 def _bwd_fake(
@@ -61,17 +54,7 @@ def _bwd_cpu(
     x: Tensor, y: Tensor, cost: Tensor, grad_cost: Tensor, metric: str, temperature_x: float, temperature_y: float,
     need_x: bool, need_y: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x, y = x.contiguous(), y.contiguous()
-    return backward(
-        x, y, cost.contiguous(), grad_cost.contiguous(), METRICS[metric], temperature_x, temperature_y, need_x, need_y
-    )  # fmt: skip
-
-
-def backward(
-    x: Tensor, y: Tensor, cost: Tensor, grad_cost: Tensor, metric: int, temperature_x: float, temperature_y: float,
-    need_x: bool, need_y: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of ``x`` and ``y`` (shape (0,) where not needed); everything contiguous."""
+    x, y, cost, grad_cost = (operand.contiguous() for operand in (x, y, cost, grad_cost))
     batch, n, m, d = _sizes(x, y)
     grad_x = x.new_empty((*batch, n, d) if need_x else (0,))
     grad_y = y.new_empty((*batch, m, d) if need_y else (0,))
@@ -79,12 +62,12 @@ def backward(
         grad_x.zero_()
         grad_y.zero_()
     elif grad_x.numel() or grad_y.numel():
-        problems, code = _library.product(batch), _library.dtype_code(x)
-        elements = native.cost_matrix_workspace(code, problems, n, m, d, metric, temperature_x, temperature_y, True)
+        problems, code, kind = _library.product(batch), _library.dtype_code(x), METRICS[metric]
+        elements = native.cost_matrix_workspace(code, problems, n, m, d, kind, temperature_x, temperature_y, True)
         scratch = _library.workspace(elements * x.element_size())
         native.cost_matrix_bwd(
             code, address(x), address(y), cost.data_ptr(), grad_cost.data_ptr(), address(grad_x), address(grad_y),
-            scratch.data_ptr(), problems, n, m, d, *_batch_strides(x, y, n, m, d), metric, temperature_x,
+            scratch.data_ptr(), problems, n, m, d, *_batch_strides(x, y, n, m, d), kind, temperature_x,
             temperature_y, torch.get_num_threads(),
         )  # fmt: skip
     return _sum_to(grad_x, x, need_x), _sum_to(grad_y, y, need_y)

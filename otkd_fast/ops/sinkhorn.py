@@ -41,27 +41,18 @@ def _fwd_cpu(
     transport_cost, regularized_cost, f, g, marginal_error, history = outputs
     if not update_a_first:
         cost, a, b, f, g = cost.mT, b, a, g, f
-    forward(cost.contiguous(), contiguous(a), contiguous(b), history, epsilon, num_iters,
-            transport_cost, regularized_cost, f, g, marginal_error)  # fmt: skip
-    return outputs
-
-
-def forward(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, history: Tensor, epsilon: float, num_iters: int,
-    transport_cost: Tensor, regularized_cost: Tensor | None = None, f: Tensor | None = None, g: Tensor | None = None,
-    marginal_error: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Fills the outputs, rows first; everything contiguous, None where not wanted."""
+    cost, a, b = cost.contiguous(), contiguous(a), contiguous(b)
     *batch, n, m = cost.shape
     problems, code, threads = _library.product(batch), _library.dtype_code(cost), torch.get_num_threads()
     if problems == 0:
-        return
+        return outputs
     scratch = _library.workspace(native.sinkhorn_workspace(code, problems, n, m, num_iters, threads, False))
     native.sinkhorn_fwd(
         code, cost.data_ptr(), address(a), address(b), address(history), scratch.data_ptr(), problems, n, m, num_iters,
         _kept(history, n, m), epsilon, threads, address(transport_cost), address(regularized_cost), address(f),
         address(g), address(marginal_error),
     )  # fmt: skip
+    return outputs
 
 
 def _bwd_fake(
@@ -84,22 +75,8 @@ def _bwd_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not update_a_first:
         cost, a, b, grad_f, grad_g, need_a, need_b = cost.mT, b, a, grad_g, grad_f, need_b, need_a
-    grad_cost, grad_a, grad_b = backward(
-        cost.contiguous(), contiguous(a), contiguous(b), history.contiguous(), contiguous(grad_transport_cost),
-        contiguous(grad_regularized_cost), contiguous(grad_f), contiguous(grad_g), epsilon, num_iters,
-        GRADIENTS[gradient], need_cost, need_a, need_b,
-    )  # fmt: skip
-    if not update_a_first:
-        grad_cost, grad_a, grad_b = grad_cost.mT.contiguous() if need_cost else grad_cost, grad_b, grad_a
-    return grad_cost, grad_a, grad_b
-
-
-def backward(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, history: Tensor, grad_transport_cost: Tensor | None,
-    grad_regularized_cost: Tensor | None, grad_f: Tensor | None, grad_g: Tensor | None, epsilon: float,
-    num_iters: int, gradient: int, need_cost: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients, rows first, shape (0,) where not needed; everything contiguous."""
+    cost, a, b, history = cost.contiguous(), contiguous(a), contiguous(b), history.contiguous()
+    incoming = [contiguous(g) for g in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
     *batch, n, m = cost.shape
     problems, code, threads = _library.product(batch), _library.dtype_code(cost), torch.get_num_threads()
     grads = (
@@ -107,15 +84,17 @@ def backward(
         cost.new_empty((*batch, n) if need_a else (0,)),
         cost.new_empty((*batch, m) if need_b else (0,)),
     )
-    if problems == 0:
+    if problems:
+        scratch = _library.workspace(native.sinkhorn_workspace(code, problems, n, m, num_iters, threads, True))
+        native.sinkhorn_bwd(
+            code, cost.data_ptr(), address(a), address(b), history.data_ptr(), scratch.data_ptr(), problems, n, m,
+            num_iters, _kept(history, n, m), epsilon, threads, GRADIENTS[gradient], *(address(g) for g in incoming),
+            *(address(grad) for grad in grads),
+        )  # fmt: skip
+    if update_a_first:
         return grads
-    scratch = _library.workspace(native.sinkhorn_workspace(code, problems, n, m, num_iters, threads, True))
-    native.sinkhorn_bwd(
-        code, cost.data_ptr(), address(a), address(b), history.data_ptr(), scratch.data_ptr(), problems, n, m,
-        num_iters, _kept(history, n, m), epsilon, threads, gradient, address(grad_transport_cost),
-        address(grad_regularized_cost), address(grad_f), address(grad_g), *(address(grad) for grad in grads),
-    )  # fmt: skip
-    return grads
+    grad_cost, grad_b, grad_a = grads
+    return grad_cost.mT.contiguous() if need_cost else grad_cost, grad_a, grad_b
 
 
 _library.register(

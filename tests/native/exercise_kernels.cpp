@@ -3,19 +3,12 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <type_traits>
 #include <vector>
 
 #include "otkd_fast/dispatch.h"
 #include "otkd_fast/sinkd.h"
 
 using namespace otkd_fast;
-
-template <class F32, class F64, class Args>
-auto call(F32 f32, F64 f64, const Args& args) {
-    if constexpr (std::is_invocable_v<F32, const Args&>) return f32(args);
-    else return f64(args);
-}
 
 // 64-byte aligned memory of exactly `bytes`, so that a sanitizer sees the first one beyond.
 struct Workspace {
@@ -66,12 +59,12 @@ std::vector<T> cost_matrix(const Shape& s, int threads, Metric metric, double te
     args.threads = threads;
     Workspace forward(cost_matrix_workspace(args, false) * sizeof(T)), backward(cost_matrix_workspace(args, true) * sizeof(T));
     args.workspace = static_cast<T*>(forward.memory);
-    call(kernels().cost_matrix_fwd_float, kernels().cost_matrix_fwd_double, args);
+    kernels().of<T>().cost_matrix_fwd(args);
     args.workspace = static_cast<T*>(backward.memory);
     args.grad_cost = grad.data();
     args.grad_x = grad_x.data();
     args.grad_y = grad_y.data();
-    call(kernels().cost_matrix_bwd_float, kernels().cost_matrix_bwd_double, args);
+    kernels().of<T>().cost_matrix_bwd(args);
     check_finite(cost, "cost");
     check_finite(grad_x, "grad_x");
     check_finite(grad_y, "grad_y");
@@ -100,13 +93,10 @@ void sinkhorn(const Shape& s, int threads, const std::vector<T>& cost, double ep
     args.f = f.data();
     args.g = g.data();
     args.marginal_error = error.data();
-    const auto bytes = [&](bool backward) {
-        if constexpr (sizeof(T) == sizeof(float)) return kernels().sinkhorn_bytes_float(args, backward);
-        else return kernels().sinkhorn_bytes_double(args, backward);
-    };
-    Workspace forward(bytes(false)), backward(bytes(true));
+    const auto bytes = kernels().of<T>().sinkhorn_workspace_bytes;
+    Workspace forward(bytes(args, false)), backward(bytes(args, true));
     args.workspace = static_cast<unsigned char*>(forward.memory);
-    call(kernels().sinkhorn_fwd_float, kernels().sinkhorn_fwd_double, args);
+    kernels().of<T>().sinkhorn_fwd(args);
     args.workspace = static_cast<unsigned char*>(backward.memory);
     args.gradient = gradient;
     args.grad_transport_cost = gradient == Gradient::envelope ? nullptr : transport.data();
@@ -116,7 +106,7 @@ void sinkhorn(const Shape& s, int threads, const std::vector<T>& cost, double ep
     args.grad_cost = grad_cost.data();
     args.grad_a = gradient == Gradient::detach ? nullptr : grad_a.data();
     args.grad_b = gradient == Gradient::detach ? nullptr : grad_b.data();
-    call(kernels().sinkhorn_bwd_float, kernels().sinkhorn_bwd_double, args);
+    kernels().of<T>().sinkhorn_bwd(args);
     check_finite(transport, "transport_cost");
     check_finite(grad_cost, "grad_cost");
     check_finite(grad_a, "grad_a");

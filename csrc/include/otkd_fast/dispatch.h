@@ -1,6 +1,7 @@
 // Which instruction set runs: the widest that this processor has, unless a test names another.
 #pragma once
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "otkd_fast/cost_matrix.h"
@@ -8,18 +9,26 @@
 
 namespace otkd_fast {
 
+// The kernels of one instruction set for one type.
+template <class T>
+struct KernelsOf {
+    void (*cost_matrix_fwd)(const CostMatrixArgs<T>&);
+    void (*cost_matrix_bwd)(const CostMatrixArgs<T>&);
+    void (*sinkhorn_fwd)(const SinkhornArgs<T>&);
+    void (*sinkhorn_bwd)(const SinkhornArgs<T>&);
+    int64_t (*sinkhorn_workspace_bytes)(const SinkhornArgs<T>&, bool backward);
+};
+
 struct Kernels {
     const char* name;
-    void (*cost_matrix_fwd_float)(const CostMatrixArgs<float>&);
-    void (*cost_matrix_fwd_double)(const CostMatrixArgs<double>&);
-    void (*cost_matrix_bwd_float)(const CostMatrixArgs<float>&);
-    void (*cost_matrix_bwd_double)(const CostMatrixArgs<double>&);
-    void (*sinkhorn_fwd_float)(const SinkhornArgs<float>&);
-    void (*sinkhorn_fwd_double)(const SinkhornArgs<double>&);
-    void (*sinkhorn_bwd_float)(const SinkhornArgs<float>&);
-    void (*sinkhorn_bwd_double)(const SinkhornArgs<double>&);
-    int64_t (*sinkhorn_bytes_float)(const SinkhornArgs<float>&, bool);
-    int64_t (*sinkhorn_bytes_double)(const SinkhornArgs<double>&, bool);
+    KernelsOf<float> f32;
+    KernelsOf<double> f64;
+
+    template <class T>
+    const KernelsOf<T>& of() const {
+        if constexpr (std::is_same_v<T, float>) return f32;
+        else return f64;
+    }
 };
 
 const Kernels& kernels();                          // the set in use
