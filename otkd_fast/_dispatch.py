@@ -17,7 +17,11 @@ import torch
 from . import _native
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
-OPS = ("cost_matrix", "sinkhorn", "sinkd")
+OPS = (
+    "cost_matrix",
+    "sinkhorn",
+    "sinkd",
+)
 
 _VARIABLE = "OTKD_FAST_BACKEND"
 _DEFAULT = os.environ.get(_VARIABLE) or "auto"
