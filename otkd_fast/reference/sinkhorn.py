@@ -80,13 +80,8 @@ def sinkhorn(
     problem = problem._replace(cost=inputs[0], a=inputs[1], b=inputs[2])
     if gradient == "last_step":
         f, g = Iteration(problem, update_first)(before_f, before_g)
-    elif gradient == "implicit":
-        f, g = attach(problem, f, g)
-    elif gradient == "envelope":
-        return _envelope(problem, f, g, count)
-    else:
-        return _detach(problem, f, g, count)
-    return _outputs(problem, f, g, plan(problem, f, g), count)
+        return _outputs(problem, f, g, plan(problem, f, g), count)
+    return _MODES[gradient](problem, f, g, count)
 
 
 def penalties(marginal_penalty: float | tuple[float | None, float | None] | None) -> tuple[float, float]:
@@ -156,6 +151,18 @@ def _detach(problem: Problem, f: Tensor, g: Tensor, count: Tensor) -> SinkhornOu
     """The plan is a constant; only `transport_cost` is differentiable."""
     outputs = _outputs(problem, f, g, plan(problem, f, g).detach(), count)
     return _hide(outputs, problem, "detach", "transport_cost")
+
+
+def _implicit(problem: Problem, f: Tensor, g: Tensor, count: Tensor) -> SinkhornOutputs:
+    """The potentials are the fixed point; there the dual value does not change with them, so its gradient is the
+    envelope's, which an error in the potentials cannot blow up.
+    """
+    value = _dual_value(problem, f, g, plan(problem, f, g))
+    f, g = attach(problem, f, g)
+    return _outputs(problem, f, g, plan(problem, f, g), count)._replace(regularized_cost=value)
+
+
+_MODES = {"envelope": _envelope, "detach": _detach, "implicit": _implicit}
 
 
 def _hide(outputs: SinkhornOutputs, problem: Problem, gradient: str, covered: str) -> SinkhornOutputs:
