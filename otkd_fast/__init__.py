@@ -15,6 +15,7 @@ from .functional.planned import (
     sqrtm,
 )
 from .functional.sinkhorn import sinkhorn
+from .functional.sinkhorn_ragged import sinkhorn_ragged
 from .functional.sinkhorn_result import SinkhornResult
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "losses",
     "sinkhorn",
     "sinkhorn_points",
+    "sinkhorn_ragged",
     "sqrtm",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .._guards import refuse_gradient, uncovered_message
-from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
+from ._autograd import distinct, each_mapped, keep_signature, mapped, needs_function, no_second_derivative, transformed
 from ._sinkhorn_options import COVERED, KEEP, OUTPUTS, Options
 
 _FORWARD = {
@@ -98,7 +98,7 @@ class _Sinkhorn(torch.autograd.Function):
         if arguments[7] == "dense":
             tensors = _all_mapped(info, in_dims, arguments, range(7))
             return _Sinkhorn.apply(*tensors, *arguments[7:]), (0,) * 7
-        runs = [_Sinkhorn.apply(*one) for one in _each(info, in_dims, arguments)]
+        runs = [_Sinkhorn.apply(*one) for one in each_mapped(info, in_dims, arguments)]
         return tuple(torch.stack(outputs) for outputs in zip(*runs, strict=True)), (0,) * 7
 
 
@@ -131,7 +131,7 @@ class _SinkhornBackward(torch.autograd.Function):
         if arguments[0] == "dense":
             tensors = _all_mapped(info, in_dims, arguments, range(1, 13))
             return _SinkhornBackward.apply("dense", *tensors, *arguments[13:]), out_dims
-        runs = [_SinkhornBackward.apply(*one) for one in _each(info, in_dims, arguments)]
+        runs = [_SinkhornBackward.apply(*one) for one in each_mapped(info, in_dims, arguments)]
         grads = zip(*runs, strict=True)
         return tuple(torch.stack(g) if need else g[0] for g, need in zip(grads, needs, strict=True)), out_dims
 
@@ -150,9 +150,3 @@ def _covered_only(grads, gradient: str):
 def _all_mapped(info, in_dims, arguments, which: range) -> list[Tensor | None]:
     """The tensors (or None) at the positions `which` with the mapped axis in front of each."""
     return [mapped(arguments[k], in_dims[k], info.batch_size) for k in which]
-
-
-def _each(info, in_dims, arguments):
-    """The arguments of each entry of the mapped axis, for ops without batch axes."""
-    for k in range(info.batch_size):
-        yield [x if dim is None else x.select(dim, k) for x, dim in zip(arguments, in_dims, strict=True)]
