@@ -29,7 +29,6 @@ template <class T>
 struct Problem {
     const SinkhornArgs<T>& args;
     int64_t index;
-    const T* cost() const { return args.cost + index * args.n * args.m; }
     double mass_a(int64_t i) const { return args.a ? args.a[index * args.n + i] : 1.0 / static_cast<double>(args.n); }
     double mass_b(int64_t j) const { return args.b ? args.b[index * args.m + j] : 1.0 / static_cast<double>(args.m); }
     double* history() const {
@@ -68,6 +67,17 @@ struct LoadAs {
         return v;
     }
 };
+
+// The first `count` lanes (at most all) to memory, converted where the types differ.
+template <class T, class V>
+OTKD_INLINE void store_as(T* p, V v, int64_t count) {
+    constexpr int64_t lanes = sizeof(V) / sizeof(v[0]);
+    if (sizeof(v[0]) == sizeof(T) && count >= lanes) {
+        std::memcpy(p, &v, sizeof v);
+    } else {
+        for (int64_t w = 0; w < lanes && w < count; ++w) p[w] = static_cast<T>(v[w]);
+    }
+}
 
 // Sums over the team: every thread adds its share to its own slot, all meet, every thread reads the totals.
 constexpr int kSlots = 8;

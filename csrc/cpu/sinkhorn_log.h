@@ -4,7 +4,7 @@
 // A row or column without mass, or without a finite cost to one that has mass, gets -inf and takes no part.
 // The adjoint is that of sinkhorn_scaling_bwd.h with u K v written as one exponential.
 #pragma once
-#include "sinkhorn_buffers.h"
+#include "sinkhorn_rows.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {
@@ -12,14 +12,21 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-template <class T>
+template <class Costs>
 class LogDomain {
+    using T = typename Costs::Input;
+    using Args = typename Costs::Args;
     using V = Vec<double>;
 
   public:
-    LogDomain(const SinkhornArgs<T>& args, Arena& arena, int threads, bool backward)
-        : args_(args), n_(args.n), m_(args.m), ld_(round_up(args.m, width<double>)), exp_(1.0) {
-        x_ = arena.take<double>(n_ * ld_);
+    LogDomain(const Args& args, Arena& arena, int threads, bool backward)
+        : args_(args),
+          costs_(args, arena, threads),
+          n_(args.n),
+          m_(args.m),
+          ld_(round_up(args.m, width<double>)),
+          inverse_(1.0 / args.epsilon),
+          exp_(1.0) {
         log_a_ = arena.take<double>(n_);
         phi_ = arena.take<double>(n_);
         row_sums_ = arena.take<double>(n_);
@@ -30,13 +37,13 @@ class LogDomain {
         partial_ = arena.take<double>(threads * ld_);
         reduction_.slots = arena.take<double>(threads * kSlots);
         if (!backward) return;
-        grad_ = arena.take<double>(n_ * ld_);
         first_ = arena.take<double>(n_);
         sum_phi_ = arena.take<double>(n_);
         gamma_bar_ = arena.take<double>(ld_);
         sum_gamma_ = arena.take<double>(ld_);
-        w_ = arena.take<double>(ld_);
-        before_ = arena.take<double>(ld_);
+        gammas_ = arena.take<double>((args.num_iters + 1) * ld_);
+        w_ = arena.take<double>(args.num_iters * ld_);
+        z_ = arena.take<double>(args.num_iters * n_);
     }
 
     void forward(const Problem<T>& p, const Team& team);
@@ -49,6 +56,7 @@ class LogDomain {
     void plan_sums(const Team& team, double& transport_cost);
     void first_adjoint(const Problem<T>& p, const Team& team);
     void adjoint_loop(const Problem<T>& p, const Team& team);
+    void gradient_row(const Problem<T>& p, int64_t i, const T* cost, T* out, bool unroll) const;
     void write_gradients(const Problem<T>& p, const Team& team, bool unroll);
     void rows_of(const Team& team, int64_t& begin, int64_t& end) const {
         split(n_, 1, team.size, team.rank, begin, end);
@@ -61,26 +69,38 @@ class LogDomain {
         for (int64_t j = 0; j < ld_; ++j) sums[j] = fill;
         return sums;
     }
-    V plan(const double* x, double phi, const double* gamma, int64_t j) const {
-        return exp_(phi + load(gamma + j) - load(x + j));
+    // X of the columns from j on; 0 beyond m, where gamma is -inf.
+    OTKD_INLINE V exponent(const T* cost, int64_t j) const { return LoadAs<double, T>::part(cost + j, m_ - j, 0.0) * inverse_; }
+    OTKD_INLINE V plan(const T* cost, double phi, const double* gamma, int64_t j) const {
+        return exp_(phi + load(gamma + j) - exponent(cost, j));
+    }
+    // Calls body(i, cost of row i) for the thread's rows [begin, end).
+    template <class Body>
+    OTKD_INLINE void for_rows(int64_t begin, int64_t end, Body body) {
+        for_blocks(begin, end, costs_.block(), false, [&](int64_t i0, int64_t count) {
+            const T* cost = costs_.cost(i0, count);
+            for (int64_t i = i0; i < i0 + count; ++i, cost += m_) body(i, cost);
+        });
     }
 
-    const SinkhornArgs<T>& args_;
+    const Args& args_;
+    Costs costs_;
     const int64_t n_, m_, ld_;
+    const double inverse_;
     const ScaledExp<double> exp_;
-    double *x_, *log_a_, *phi_, *row_sums_, *log_b_, *gamma_, *top_, *column_sums_, *partial_;
+    double *log_a_, *phi_, *row_sums_, *log_b_, *gamma_, *top_, *column_sums_, *partial_;
     Reduction reduction_;
-    double *grad_ = nullptr, *first_ = nullptr, *sum_phi_ = nullptr, *gamma_bar_ = nullptr, *sum_gamma_ = nullptr;
-    double *w_ = nullptr, *before_ = nullptr;
+    double *first_ = nullptr, *sum_phi_ = nullptr, *gamma_bar_ = nullptr, *sum_gamma_ = nullptr;
+    double *gammas_ = nullptr;              // (T + 1, ld): as the loop starts, then after each iteration
+    double *w_ = nullptr, *z_ = nullptr;    // (T, ld) and (T, n), see adjoint_loop
 };
 
-template <class T>
-void LogDomain<T>::start(const Problem<T>& p, const Team& team) {
+template <class Costs>
+void LogDomain<Costs>::start(const Problem<T>& p, const Team& team) {
+    costs_.open(p, team);
     int64_t begin, end;
     rows_of(team, begin, end);
     for (int64_t i = begin; i < end; ++i) {
-        const T* row = p.cost() + i * m_;
-        for (int64_t j = 0; j < ld_; ++j) x_[i * ld_ + j] = j < m_ ? row[j] / args_.epsilon : kInfinity;
         log_a_[i] = std::log(p.mass_a(i));
         phi_[i] = log_a_[i] > -kInfinity ? 0.0 : -kInfinity;
     }
@@ -92,40 +112,40 @@ void LogDomain<T>::start(const Problem<T>& p, const Team& team) {
     team.barrier();
 }
 
-template <class T>
-void LogDomain<T>::row_updates(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-        if (!(log_a_[i] > -kInfinity)) continue;
-        const double* x = x_ + i * ld_;
+template <class Costs>
+void LogDomain<Costs>::row_updates(int64_t begin, int64_t end) {
+    for_rows(begin, end, [&](int64_t i, const T* cost) {
+        if (!(log_a_[i] > -kInfinity)) return;
         V best = splat(-kInfinity);
         VecInt<double> nan = {};
         for (int64_t j = 0; j < ld_; j += width<double>) {
-            const V term = load(gamma_ + j) - load(x + j);
+            const V term = load(gamma_ + j) - exponent(cost, j);
             nan |= term != term;
             best = max<double>(term, best);
         }
         const double top = largest<double>(best);
         if (top == -kInfinity && !any<double>(nan)) {
             phi_[i] = -kInfinity;
-            continue;
+            return;
         }
         V total = {};
-        for (int64_t j = 0; j < ld_; j += width<double>) total += exp_(load(gamma_ + j) - load(x + j) - top);
+        for (int64_t j = 0; j < ld_; j += width<double>) total += exp_(load(gamma_ + j) - exponent(cost, j) - top);
         phi_[i] = log_a_[i] - top - std::log(sum<double>(total));
-    }
+    });
 }
 
-template <class T>
-void LogDomain<T>::column_updates(const Team& team) {
+template <class Costs>
+void LogDomain<Costs>::column_updates(const Team& team) {
     int64_t row0, row1, column0, column1;
     rows_of(team, row0, row1);
     columns_of(team, column0, column1);
     double* sums = own_sums(team, -kInfinity);
-    for (int64_t i = row0; i < row1; ++i) {
-        if (phi_[i] == -kInfinity) continue;
-        const double* x = x_ + i * ld_;
-        for (int64_t j = 0; j < ld_; j += width<double>) store(sums + j, max<double>(phi_[i] - load(x + j), load(sums + j)));
-    }
+    for_rows(row0, row1, [&](int64_t i, const T* cost) {
+        if (phi_[i] == -kInfinity) return;
+        for (int64_t j = 0; j < ld_; j += width<double>) {
+            store(sums + j, max<double>(phi_[i] - exponent(cost, j), load(sums + j)));
+        }
+    });
     team.barrier();
     for (int64_t j = column0; j < column1; ++j) {
         double best = partial_[j];
@@ -134,13 +154,12 @@ void LogDomain<T>::column_updates(const Team& team) {
     }
     team.barrier();
     sums = own_sums(team, 0.0);
-    for (int64_t i = row0; i < row1; ++i) {
-        if (phi_[i] == -kInfinity) continue;
-        const double* x = x_ + i * ld_;
+    for_rows(row0, row1, [&](int64_t i, const T* cost) {
+        if (phi_[i] == -kInfinity) return;
         for (int64_t j = 0; j < ld_; j += width<double>) {
-            store(sums + j, load(sums + j) + exp_(phi_[i] - load(x + j) - load(top_ + j)));
+            store(sums + j, load(sums + j) + exp_(phi_[i] - exponent(cost, j) - load(top_ + j)));
         }
-    }
+    });
     team.barrier();
     for (int64_t j = column0; j < column1; ++j) {
         double total = 0;
@@ -151,25 +170,24 @@ void LogDomain<T>::column_updates(const Team& team) {
 }
 
 // Row sums and column sums of the plan, and <P, C>.
-template <class T>
-void LogDomain<T>::plan_sums(const Team& team, double& transport_cost) {
+template <class Costs>
+void LogDomain<Costs>::plan_sums(const Team& team, double& transport_cost) {
     int64_t begin, end;
     rows_of(team, begin, end);
     double* sums = own_sums(team, 0.0);
     double moved_total = 0;
     const V zero = {};
-    for (int64_t i = begin; i < end; ++i) {
-        const double* x = x_ + i * ld_;
+    for_rows(begin, end, [&](int64_t i, const T* cost) {
         V mass = {}, moved = {};
         for (int64_t j = 0; j < ld_; j += width<double>) {
-            const V entry = plan(x, phi_[i], gamma_, j);
+            const V entry = plan(cost, phi_[i], gamma_, j);
             mass += entry;
-            moved += entry != zero ? entry * load(x + j) : zero;  // 0 times +inf is 0, NaN stays
+            moved += entry != zero ? entry * exponent(cost, j) : zero;  // 0 times +inf is 0, NaN stays
             store(sums + j, load(sums + j) + entry);
         }
         row_sums_[i] = sum<double>(mass);
         moved_total += sum<double>(moved);
-    }
+    });
     reduction_.put(team, 0, moved_total);
     team.barrier();
     columns_of(team, begin, end);
@@ -181,8 +199,8 @@ void LogDomain<T>::plan_sums(const Team& team, double& transport_cost) {
     team.barrier();
 }
 
-template <class T>
-void LogDomain<T>::forward(const Problem<T>& p, const Team& team) {
+template <class Costs>
+void LogDomain<Costs>::forward(const Problem<T>& p, const Team& team) {
     start(p, team);
     int64_t begin, end;
     for (int64_t t = 0; t < args_.num_iters; ++t) {
@@ -204,30 +222,28 @@ void LogDomain<T>::forward(const Problem<T>& p, const Team& team) {
     team.barrier();
 }
 
-template <class T>
-void LogDomain<T>::first_adjoint(const Problem<T>& p, const Team& team) {
+template <class Costs>
+void LogDomain<Costs>::first_adjoint(const Problem<T>& p, const Team& team) {
     const double eps = args_.epsilon;
     const double of_transport = p.incoming(args_.grad_transport_cost), of_dual = p.incoming(args_.grad_regularized_cost);
     int64_t begin, end;
     rows_of(team, begin, end);
     double* sums = own_sums(team, 0.0);
     const V zero = {};
-    for (int64_t i = begin; i < end; ++i) {
-        const double* x = x_ + i * ld_;
-        for (int64_t j = 0; j < ld_; j += width<double>) store(grad_ + i * ld_ + j, zero);
+    for_rows(begin, end, [&](int64_t i, const T* cost) {
         first_[i] = sum_phi_[i] = 0;
-        if (phi_[i] == -kInfinity) continue;
+        if (phi_[i] == -kInfinity) return;
         V mass = {}, moved = {};
         for (int64_t j = 0; j < ld_; j += width<double>) {
-            const V entry = plan(x, phi_[i], gamma_, j);
-            const V cost = entry != zero ? entry * load(x + j) * eps : zero;
+            const V entry = plan(cost, phi_[i], gamma_, j);
+            const V product = entry != zero ? entry * exponent(cost, j) * eps : zero;
             mass += entry;
-            moved += cost;
-            store(sums + j, load(sums + j) + cost);
+            moved += product;
+            store(sums + j, load(sums + j) + product);
         }
         first_[i] = of_transport * sum<double>(moved) + of_dual * eps * (std::exp(log_a_[i]) - sum<double>(mass));
         if (args_.grad_f) first_[i] += eps * args_.grad_f[p.index * n_ + i];
-    }
+    });
     team.barrier();
     columns_of(team, begin, end);
     for (int64_t j = begin; j < end; ++j) {
@@ -239,42 +255,35 @@ void LogDomain<T>::first_adjoint(const Problem<T>& p, const Team& team) {
     team.barrier();
 }
 
-// grad_ collects sum_t of Q w + R z, with Q and R the plans after the column and after the row update.
-template <class T>
-void LogDomain<T>::adjoint_loop(const Problem<T>& p, const Team& team) {
+// Fills w and z of every iteration and sums the adjoints. Q and R the plans after the column and after the row update:
+//   w = gamma_bar / b,   phi_bar = [t = T] first - Q w,   z = phi_bar / a,   gamma_bar (of t - 1) = -R^T z
+template <class Costs>
+void LogDomain<Costs>::adjoint_loop(const Problem<T>& p, const Team& team) {
     int64_t row0, row1, column0, column1;
     rows_of(team, row0, row1);
     columns_of(team, column0, column1);
     for (int64_t t = args_.num_iters - 1; t >= 0; --t) {
-        const double *phi = p.kept_u(t), *gamma = p.kept_v(t), *before = t ? p.kept_v(t - 1) : nullptr;
+        const double *phi = p.kept_u(t), *gamma = gammas_ + (t + 1) * ld_, *before = gammas_ + t * ld_;
+        double *w = w_ + t * ld_, *z = z_ + t * n_;
         for (int64_t j = column0; j < column1; ++j) {
-            const bool used = log_b_[j] > -kInfinity;
-            gamma_[j] = used ? gamma[j] : -kInfinity;
-            w_[j] = gamma_[j] > -kInfinity ? gamma_bar_[j] * std::exp(-log_b_[j]) : 0.0;
-            before_[j] = !used ? -kInfinity : before ? before[j] : 0.0;
-            sum_gamma_[j] += gamma_[j] > -kInfinity ? gamma_bar_[j] : 0.0;
+            const bool used = gamma[j] > -kInfinity;
+            w[j] = used ? gamma_bar_[j] * std::exp(-log_b_[j]) : 0.0;
+            sum_gamma_[j] += used ? gamma_bar_[j] : 0.0;
         }
         double* sums = own_sums(team, 0.0);
         team.barrier();
-        for (int64_t i = row0; i < row1; ++i) {
-            if (phi[i] == -kInfinity) continue;
-            const double* x = x_ + i * ld_;
-            double* grad = grad_ + i * ld_;
+        for_rows(row0, row1, [&](int64_t i, const T* cost) {
+            z[i] = 0;
+            if (phi[i] == -kInfinity) return;
             V total = {};
-            for (int64_t j = 0; j < ld_; j += width<double>) {
-                const V qw = plan(x, phi[i], gamma_, j) * load(w_ + j);
-                total += qw;
-                store(grad + j, load(grad + j) + qw);
-            }
+            for (int64_t j = 0; j < ld_; j += width<double>) total += plan(cost, phi[i], gamma, j) * load(w + j);
             const double bar = (t == args_.num_iters - 1 ? first_[i] : 0.0) - sum<double>(total);
             sum_phi_[i] += bar;
-            const double z = bar * std::exp(-log_a_[i]);
+            z[i] = bar * std::exp(-log_a_[i]);
             for (int64_t j = 0; j < ld_; j += width<double>) {
-                const V rz = plan(x, phi[i], before_, j) * z;
-                store(grad + j, load(grad + j) + rz);
-                store(sums + j, load(sums + j) + rz);
+                store(sums + j, load(sums + j) + plan(cost, phi[i], before, j) * z[i]);
             }
-        }
+        });
         team.barrier();
         for (int64_t j = column0; j < column1; ++j) {
             gamma_bar_[j] = 0;
@@ -284,40 +293,55 @@ void LogDomain<T>::adjoint_loop(const Problem<T>& p, const Team& team) {
     }
 }
 
-template <class T>
-void LogDomain<T>::write_gradients(const Problem<T>& p, const Team& team, bool unroll) {
-    const double eps = args_.epsilon;
+// dL/dC of one row: P (d_transport (1 - X) + d_dual) + sum over t of (Q w + R z) / epsilon; without `unroll` the plan alone.
+template <class Costs>
+void LogDomain<Costs>::gradient_row(const Problem<T>& p, int64_t i, const T* cost, T* out, bool unroll) const {
     const double of_transport = p.incoming(args_.grad_transport_cost), of_dual = p.incoming(args_.grad_regularized_cost);
-    const double *phi = p.kept_u(args_.num_iters - 1), *gamma = p.kept_v(args_.num_iters - 1);
+    const double phi_last = phi_[i];
+    const V zero = {}, forbidden = splat(kInfinity);
+    for (int64_t j = 0; j < m_; j += width<double>) {
+        V rest = zero;
+        for (int64_t t = 0; unroll && t < args_.num_iters; ++t) {
+            const double phi = p.kept_u(t)[i];
+            if (phi == -kInfinity) continue;
+            rest += plan(cost, phi, gammas_ + (t + 1) * ld_, j) * load(w_ + t * ld_ + j);
+            rest += plan(cost, phi, gammas_ + t * ld_, j) * z_[t * n_ + i];
+        }
+        const V x = exponent(cost, j), slope = unroll ? 1.0 - x : splat(1.0);
+        const V value = plan(cost, phi_last, gamma_, j) * (of_transport * slope + of_dual) + rest * inverse_;
+        store_as(out + j, x == forbidden ? zero : value, m_ - j);
+    }
+}
+
+template <class Costs>
+void LogDomain<Costs>::write_gradients(const Problem<T>& p, const Team& team, bool unroll) {
+    const double eps = args_.epsilon, of_dual = p.incoming(args_.grad_regularized_cost);
     int64_t begin, end;
     rows_of(team, begin, end);
-    for (int64_t i = begin; args_.grad_cost && i < end; ++i) {
-        T* out = args_.grad_cost + (p.index * n_ + i) * m_;
-        for (int64_t j0 = 0; j0 < m_; j0 += width<double>) {
-            const V entry = plan(x_ + i * ld_, phi[i], gamma_, j0);
-            for (int64_t j = j0; j < m_ && j < j0 + width<double>; ++j) {
-                const double x = x_[i * ld_ + j], slope = unroll ? 1.0 - x : 1.0;
-                const double rest = unroll ? grad_[i * ld_ + j] / eps : 0.0;
-                out[j] = x == kInfinity ? T(0) : static_cast<T>(entry[j - j0] * (of_transport * slope + of_dual) + rest);
-            }
-        }
+    if (costs_.wants_gradient()) {
+        for_blocks(begin, end, costs_.block(), false, [&](int64_t i0, int64_t count) {
+            const T* cost = costs_.cost(i0, count);
+            T* out = costs_.gradient(i0, count);
+            for (int64_t k = 0; k < count; ++k) gradient_row(p, i0 + k, cost + k * m_, out + k * m_, unroll);
+            costs_.emit(i0, count);
+        });
     }
     if (team.rank != 0) return;
     double mass_a = 0, mass_b = 0;
     for (int64_t i = 0; i < n_; ++i) mass_a += p.mass_a(i);
     for (int64_t j = 0; j < m_; ++j) mass_b += p.mass_b(j);
     for (int64_t i = 0; args_.grad_a && i < n_; ++i) {
-        const double a = p.mass_a(i), dual = of_dual != 0 ? dual_marginal_gradient(eps, phi[i], a, mass_b) : 0.0;
+        const double a = p.mass_a(i), dual = of_dual != 0 ? dual_marginal_gradient(eps, phi_[i], a, mass_b) : 0.0;
         args_.grad_a[p.index * n_ + i] = static_cast<T>(of_dual * dual + (unroll && a > 0 ? sum_phi_[i] / a : 0.0));
     }
     for (int64_t j = 0; args_.grad_b && j < m_; ++j) {
-        const double b = p.mass_b(j), dual = of_dual != 0 ? dual_marginal_gradient(eps, gamma[j], b, mass_a) : 0.0;
+        const double b = p.mass_b(j), dual = of_dual != 0 ? dual_marginal_gradient(eps, gamma_[j], b, mass_a) : 0.0;
         args_.grad_b[p.index * m_ + j] = static_cast<T>(of_dual * dual + (unroll && b > 0 ? sum_gamma_[j] / b : 0.0));
     }
 }
 
-template <class T>
-void LogDomain<T>::backward(const Problem<T>& p, const Team& team) {
+template <class Costs>
+void LogDomain<Costs>::backward(const Problem<T>& p, const Team& team) {
     const bool unroll = args_.gradient == Gradient::unroll;
     start(p, team);
     int64_t begin, end;
@@ -325,14 +349,15 @@ void LogDomain<T>::backward(const Problem<T>& p, const Team& team) {
     const double *phi = p.kept_u(args_.num_iters - 1), *gamma = p.kept_v(args_.num_iters - 1);
     for (int64_t i = begin; i < end; ++i) phi_[i] = phi[i];
     columns_of(team, begin, end);
+    for (int64_t j = begin; unroll && j < end; ++j) {
+        gammas_[j] = gamma_[j];
+        for (int64_t t = 0; t < args_.num_iters; ++t) gammas_[(t + 1) * ld_ + j] = j < m_ ? p.kept_v(t)[j] : -kInfinity;
+    }
     for (int64_t j = begin; j < end && j < m_; ++j) gamma_[j] = gamma[j];
     team.barrier();
     if (unroll) {
         first_adjoint(p, team);
         adjoint_loop(p, team);
-        columns_of(team, begin, end);
-        for (int64_t j = begin; j < end && j < m_; ++j) gamma_[j] = gamma[j];
-        team.barrier();
     }
     write_gradients(p, team, unroll);
     team.barrier();

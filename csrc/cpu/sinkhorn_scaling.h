@@ -3,9 +3,9 @@
 // added to the column sums, then v = b / (K^T u). 2 multiply-adds an entry.
 // The adjoint of the fixed loop runs the same sweep backwards and ends in a product of rank 2 T for the cost.
 // The caller picks the precision from the range of the exponents; sums outside [kLow, kHigh] show that the pick was
-// too narrow (`in_range` false), nothing is lost silently.
+// too narrow (`in_range` false), nothing is lost silently. Rows come in blocks from a class of sinkhorn_rows.h.
 #pragma once
-#include "sinkhorn_buffers.h"
+#include "sinkhorn_rows.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {
@@ -32,21 +32,24 @@ bool divide(const S* mass, const S* sums, S* scaling, int64_t count) {
 
 constexpr int64_t kSmallBytes = 40 * 1024;  // of the kernel and its transpose: they stay in the first-level cache
 
-template <class S, class T>
+template <class Rows>
 class Scaling {
+    using S = typename Rows::Scalar;
+    using T = typename Rows::Input;
+    using Args = typename Rows::Args;
+
   public:
-    Scaling(const SinkhornArgs<T>& args, Arena& arena, int threads, bool backward)
+    Scaling(const Args& args, Arena& arena, int threads, bool backward)
         : args_(args),
+          rows_(args, arena, threads),
           n_(args.n),
           m_(args.m),
           n_pad_(round_up(args.n, kBlock)),
           n_vec_(round_up(args.n, 2 * width<S>)),
           ld_(round_up(args.m, 2 * width<S>)),
-          small_(2 * n_ * m_ * static_cast<int64_t>(sizeof(S)) <= kSmallBytes) {
-        kernel_ = arena.take<S>(n_pad_ * ld_);
+          small_(Rows::kStored && 2 * n_ * m_ * static_cast<int64_t>(sizeof(S)) <= kSmallBytes) {
         kernel_t_ = arena.take<S>(small_ ? m_ * n_vec_ : 0);
-        rows_ = arena.take<S>(small_ ? n_vec_ : 0);
-        shift_ = arena.take<S>(n_pad_);
+        products_ = arena.take<S>(small_ ? n_vec_ : 0);
         a_ = arena.take<S>(n_vec_);
         u_ = arena.take<S>(n_vec_);
         b_ = arena.take<S>(ld_);
@@ -71,6 +74,7 @@ class Scaling {
   private:
     void start(const Problem<T>& p, const Team& team);
     bool iterate(const Problem<T>& p, const Team& team);
+    double plan_rows(const Team& team);
     void transpose_kernel();
     bool iterate_small(const Problem<T>& p);
     void adjoint_small(const double* u, const S* w, const S* v_before, int64_t t);
@@ -78,9 +82,11 @@ class Scaling {
     void first_adjoint(const Problem<T>& p, const Team& team);
     void adjoint_loop(const Problem<T>& p, const Team& team);
     void cost_gradient(const Problem<T>& p, const Team& team, bool unroll);
+    void gradient_rows(int64_t i, int64_t count, const S* kernel, const T* cost, T* out, double of_transport,
+                       double of_dual, bool unroll) const;
     void marginal_gradients(const Problem<T>& p);
     template <class Value>
-    void sweep(const S* vector, S* sums, int64_t begin, int64_t end, Value value) const;
+    void sweep(const S* vector, S* sums, int64_t begin, int64_t end, bool reversed, Value value);
     void rows_of(const Team& team, int64_t& begin, int64_t& end) const {
         split(n_pad_, kBlock, team.size, team.rank, begin, end);
     }
@@ -96,10 +102,11 @@ class Scaling {
         return j + width<S> <= m_ ? LoadAs<S, T>::full(row + j) : LoadAs<S, T>::part(row + j, m_ - j, S(0));
     }
 
-    const SinkhornArgs<T>& args_;
+    const Args& args_;
+    Rows rows_;
     const int64_t n_, m_, n_pad_, n_vec_, ld_;
     const bool small_;
-    S *kernel_, *kernel_t_, *rows_, *shift_, *a_, *u_, *b_, *v_, *columns_, *partial_;
+    S *kernel_t_, *products_, *a_, *u_, *b_, *v_, *columns_, *partial_;
     double *row_sums_, *column_sums_;
     Reduction reduction_;
     S *phi_ = nullptr, *gamma_ = nullptr, *left_ = nullptr, *right_ = nullptr;
@@ -107,57 +114,46 @@ class Scaling {
     S base_ = 0;  // the gradients see C - base, see sinkhorn_scaling_bwd.h
 };
 
-// Rows [begin, end) in blocks: s_i = sum_j K_ij vector_j; then sums_j += K_ij value(i, s_i).
-template <class S, class T>
-template <class Value>
-void Scaling<S, T>::sweep(const S* vector, S* sums, int64_t begin, int64_t end, Value value) const {
-    for (int64_t i = begin; i < end; i += kBlock) {
-        const S* k = kernel_ + i * ld_;
-        Vec<S> dot[kBlock][2] = {};
-        for (int64_t j = 0; j < ld_; j += 2 * width<S>) {
-            const Vec<S> x0 = load(vector + j), x1 = load(vector + j + width<S>);
-            for (int r = 0; r < kBlock; ++r) {
-                dot[r][0] += load(k + r * ld_ + j) * x0;
-                dot[r][1] += load(k + r * ld_ + j + width<S>) * x1;
-            }
+// kBlock rows of the kernel at `k`: s_r = sum_j K_rj vector_j, then sums_j += K_rj value(r, s_r).
+template <class S, class Value>
+OTKD_INLINE void sweep_rows(const S* k, int64_t ld, const S* vector, S* sums, Value value) {
+    Vec<S> dot[kBlock][2] = {};
+    for (int64_t j = 0; j < ld; j += 2 * width<S>) {
+        const Vec<S> x0 = load(vector + j), x1 = load(vector + j + width<S>);
+        for (int r = 0; r < kBlock; ++r) {
+            dot[r][0] += load(k + r * ld + j) * x0;
+            dot[r][1] += load(k + r * ld + j + width<S>) * x1;
         }
-        Vec<S> weight[kBlock];
-        for (int r = 0; r < kBlock; ++r) weight[r] = splat<S>(value(i + r, sum<S>(dot[r][0] + dot[r][1])));
-        for (int64_t j = 0; j < ld_; j += width<S>) {
-            Vec<S> total = load(k + j) * weight[0];
-            for (int r = 1; r < kBlock; ++r) total += load(k + r * ld_ + j) * weight[r];
-            store(sums + j, load(sums + j) + total);  // one short dependency from block to block
-        }
+    }
+    Vec<S> weight[kBlock];
+    for (int r = 0; r < kBlock; ++r) weight[r] = splat<S>(value(r, sum<S>(dot[r][0] + dot[r][1])));
+    for (int64_t j = 0; j < ld; j += width<S>) {
+        Vec<S> total = load(k + j) * weight[0];
+        for (int r = 1; r < kBlock; ++r) total += load(k + r * ld + j) * weight[r];
+        store(sums + j, load(sums + j) + total);  // one short dependency from block to block
     }
 }
 
+// Rows [begin, end): s_i = sum_j K_ij vector_j; then sums_j += K_ij value(i, s_i). Sweeps take turns in their direction:
+// of a kernel larger than the cache, what the last sweep read last is still there.
+template <class Rows>
+template <class Value>
+void Scaling<Rows>::sweep(const S* vector, S* sums, int64_t begin, int64_t end, bool reversed, Value value) {
+    for_blocks(begin, end, rows_.block(), reversed, [&](int64_t i0, int64_t count) {
+        const S* k = rows_.kernel(i0, count);
+        for_blocks(0, count, kBlock, reversed, [&](int64_t i, int64_t) {
+            sweep_rows(k + i * ld_, ld_, vector, sums, [&](int64_t r, S s) { return value(i0 + i + r, s); });
+        });
+    });
+}
+
 // Marginals, shifts and the kernel, padded with zeros.
-template <class S, class T>
-void Scaling<S, T>::start(const Problem<T>& p, const Team& team) {
+template <class Rows>
+void Scaling<Rows>::start(const Problem<T>& p, const Team& team) {
+    rows_.start(team);
     int64_t begin, end;
     rows_of(team, begin, end);
-    const ScaledExp<S> exp(1.0 / args_.epsilon);
-    for (int64_t i = begin; i < end; ++i) {
-        S* k = kernel_ + i * ld_;
-        a_[i] = i < n_ ? static_cast<S>(p.mass_a(i)) : S(0);
-        shift_[i] = 0;
-        if (i >= n_) {
-            std::memset(k, 0, ld_ * sizeof(S));
-            continue;
-        }
-        const T* row = p.cost() + i * m_;
-        Vec<S> lowest = splat(std::numeric_limits<S>::infinity());
-        int64_t j = 0;
-        for (; j + width<S> <= m_; j += width<S>) lowest = min<S>(LoadAs<S, T>::full(row + j), lowest);
-        S low = -largest<S>(-lowest);
-        for (; j < m_; ++j) low = static_cast<S>(row[j]) < low ? static_cast<S>(row[j]) : low;
-        if (low < std::numeric_limits<S>::infinity()) shift_[i] = low;
-        for (j = 0; j + width<S> <= m_; j += width<S>) store(k + j, exp(shift_[i] - LoadAs<S, T>::full(row + j)));
-        for (; j < ld_; j += width<S>) {
-            const S inf = std::numeric_limits<S>::infinity();
-            store(k + j, exp(shift_[i] - LoadAs<S, T>::part(row + j, m_ - j > 0 ? m_ - j : 0, inf)));
-        }
-    }
+    for (int64_t i = begin; i < end; ++i) a_[i] = i < n_ ? static_cast<S>(p.mass_a(i)) : S(0);
     for (int64_t i = n_pad_; team.rank == 0 && i < n_vec_; ++i) a_[i] = 0;
     columns_of(team, begin, end);
     for (int64_t j = begin; j < end; ++j) {
@@ -167,8 +163,8 @@ void Scaling<S, T>::start(const Problem<T>& p, const Team& team) {
     team.barrier();
 }
 
-template <class S, class T>
-bool Scaling<S, T>::iterate(const Problem<T>& p, const Team& team) {
+template <class Rows>
+bool Scaling<Rows>::iterate(const Problem<T>& p, const Team& team) {
     if (small_) return iterate_small(p);
     int64_t row0, row1, column0, column1;
     rows_of(team, row0, row1);
@@ -178,7 +174,7 @@ bool Scaling<S, T>::iterate(const Problem<T>& p, const Team& team) {
     for (int64_t t = 0; t < args_.num_iters; ++t) {
         double *kept_u = p.kept_u(t), *kept_v = p.kept_v(t);
         std::memset(sums, 0, ld_ * sizeof(S));
-        sweep(v_, sums, row0, row1, [&](int64_t i, S s) {
+        sweep(v_, sums, row0, row1, t % 2 != 0, [&](int64_t i, S s) {
             if (!(a_[i] > 0)) return u_[i] = S(0);
             in_range &= s >= kLow<S> && s <= kHigh<S>;
             return u_[i] = a_[i] / s;
@@ -195,37 +191,46 @@ bool Scaling<S, T>::iterate(const Problem<T>& p, const Team& team) {
     return reduction_.sum(team, 0) == 0;
 }
 
-template <class S, class T>
-bool Scaling<S, T>::forward(const Problem<T>& p, const Team& team) {
+template <class Rows>
+bool Scaling<Rows>::forward(const Problem<T>& p, const Team& team) {
+    rows_.open(p, team);
     start(p, team);
     if (!iterate(p, team)) return false;
-    int64_t begin, end;
-    rows_of(team, begin, end);
-    double transport_cost = 0;
-    const Vec<S> zero = {};
-    for (int64_t i = begin; i < end && i < n_; ++i) {
-        const S* k = kernel_ + i * ld_;
-        const T* row = p.cost() + i * m_;
-        Vec<S> mass = {}, moved = {};
-        for (int64_t j = 0; j < ld_; j += width<S>) {
-            const Vec<S> kv = load(k + j) * load(v_ + j);
-            const Vec<S> c = cost_vector(row, j);
-            mass += kv;
-            moved += kv > zero ? kv * c : zero;
-        }
-        row_sums_[i] = static_cast<double>(u_[i]) * sum<S>(mass);
-        transport_cost += static_cast<double>(u_[i]) * sum<S>(moved);
-    }
-    reduction_.put(team, 1, transport_cost);
+    reduction_.put(team, 1, plan_rows(team));
     team.barrier();
     if (team.rank == 0) {
         for (int64_t j = 0; j < m_; ++j) column_sums_[j] = static_cast<double>(v_[j]) * columns_[j];
         write_outputs(
             p, row_sums_, column_sums_, reduction_.sum(team, 1),
-            [&](int64_t i) { return std::log(static_cast<double>(u_[i])) + shift_[i] / args_.epsilon; },
+            [&](int64_t i) { return std::log(static_cast<double>(u_[i])) + rows_.shift(i) / args_.epsilon; },
             [&](int64_t j) { return std::log(static_cast<double>(v_[j])); });
     }
     return true;
+}
+
+// Row sums of the plan; returns <P, C> of the thread's rows.
+template <class Rows>
+double Scaling<Rows>::plan_rows(const Team& team) {
+    int64_t begin, end;
+    rows_of(team, begin, end);
+    double transport_cost = 0;
+    const Vec<S> zero = {};
+    for_blocks(begin, end < n_ ? end : n_, rows_.block(), false, [&](int64_t i0, int64_t count) {
+        const S* k = rows_.kernel(i0, count);
+        const T* row = rows_.cost(i0, count);
+        for (int64_t i = i0; i < i0 + count; ++i, k += ld_, row += m_) {
+            Vec<S> mass = {}, moved = {};
+            for (int64_t j = 0; j < ld_; j += width<S>) {
+                const Vec<S> kv = load(k + j) * load(v_ + j);
+                const Vec<S> c = cost_vector(row, j);
+                mass += kv;
+                moved += kv > zero ? kv * c : zero;
+            }
+            row_sums_[i] = static_cast<double>(u_[i]) * sum<S>(mass);
+            transport_cost += static_cast<double>(u_[i]) * sum<S>(moved);
+        }
+    });
+    return transport_cost;
 }
 
 }  // namespace

@@ -12,8 +12,8 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
-template <class S, class T>
-void Scaling<S, T>::load_scalings(const Problem<T>& p, const Team& team) {
+template <class Rows>
+void Scaling<Rows>::load_scalings(const Problem<T>& p, const Team& team) {
     int64_t begin, end;
     const double *u = p.kept_u(args_.num_iters - 1), *v = p.kept_v(args_.num_iters - 1);
     rows_of(team, begin, end);
@@ -24,8 +24,8 @@ void Scaling<S, T>::load_scalings(const Problem<T>& p, const Team& team) {
 }
 
 // Adjoints of the last potentials: what the outputs hand to phi and gamma.
-template <class S, class T>
-void Scaling<S, T>::first_adjoint(const Problem<T>& p, const Team& team) {
+template <class Rows>
+void Scaling<Rows>::first_adjoint(const Problem<T>& p, const Team& team) {
     const double eps = args_.epsilon;
     const double of_transport = p.incoming(args_.grad_transport_cost), of_dual = p.incoming(args_.grad_regularized_cost);
     int64_t begin, end;
@@ -33,28 +33,29 @@ void Scaling<S, T>::first_adjoint(const Problem<T>& p, const Team& team) {
     S* sums = partial_ + team.rank * ld_;
     std::memset(sums, 0, ld_ * sizeof(S));
     const Vec<S> zero = {};
-    base_ = shift_[0];
-    for (int64_t i = 1; i < n_; ++i) base_ = shift_[i] < base_ ? shift_[i] : base_;
-    for (int64_t i = begin; i < end; ++i) {
-        phi_[i] = 0;
-        sum_phi_[i] = 0;
-        if (i >= n_ || !(u_[i] > 0)) continue;
-        const S* k = kernel_ + i * ld_;
-        const T* row = p.cost() + i * m_;
-        Vec<S> mass = {}, moved = {};
-        const Vec<S> u = splat(u_[i]);
-        for (int64_t j = 0; j < ld_; j += width<S>) {
-            const Vec<S> kernel = load(k + j), v = load(v_ + j);
-            const Vec<S> kc = kernel > zero ? kernel * (cost_vector(row, j) - base_) : zero;
-            mass += kernel * v;
-            moved += kc * v;
-            store(sums + j, load(sums + j) + kc * u);
+    base_ = rows_.shift(0);
+    for (int64_t i = 1; i < n_; ++i) base_ = rows_.shift(i) < base_ ? rows_.shift(i) : base_;
+    for (int64_t i = begin; i < end; ++i) phi_[i] = sum_phi_[i] = 0;
+    for_blocks(begin, end < n_ ? end : n_, rows_.block(), false, [&](int64_t i0, int64_t count) {
+        const S* k = rows_.kernel(i0, count);
+        const T* row = rows_.cost(i0, count);
+        for (int64_t i = i0; i < i0 + count; ++i, k += ld_, row += m_) {
+            if (!(u_[i] > 0)) continue;
+            Vec<S> mass = {}, moved = {};
+            const Vec<S> u = splat(u_[i]);
+            for (int64_t j = 0; j < ld_; j += width<S>) {
+                const Vec<S> kernel = load(k + j), v = load(v_ + j);
+                const Vec<S> kc = kernel > zero ? kernel * (cost_vector(row, j) - base_) : zero;
+                mass += kernel * v;
+                moved += kc * v;
+                store(sums + j, load(sums + j) + kc * u);
+            }
+            double first = of_transport * u_[i] * sum<S>(moved);
+            first += of_dual * eps * (static_cast<double>(a_[i]) - static_cast<double>(u_[i]) * sum<S>(mass));
+            if (args_.grad_f) first += eps * args_.grad_f[p.index * n_ + i];
+            phi_[i] = static_cast<S>(first);
         }
-        double first = of_transport * u_[i] * sum<S>(moved);
-        first += of_dual * eps * (static_cast<double>(a_[i]) - static_cast<double>(u_[i]) * sum<S>(mass));
-        if (args_.grad_f) first += eps * args_.grad_f[p.index * n_ + i];
-        phi_[i] = static_cast<S>(first);
-    }
+    });
     team.barrier();
     columns_of(team, begin, end);
     for (int64_t j = begin; j < end; j += width<S>) {
@@ -70,8 +71,8 @@ void Scaling<S, T>::first_adjoint(const Problem<T>& p, const Team& team) {
 }
 
 // Fills left_ (n, 2 T) = (u, z) and right_ (2 T, m) = (w, v') of every iteration.
-template <class S, class T>
-void Scaling<S, T>::adjoint_loop(const Problem<T>& p, const Team& team) {
+template <class Rows>
+void Scaling<Rows>::adjoint_loop(const Problem<T>& p, const Team& team) {
     const int64_t rank2 = 2 * args_.num_iters;
     int64_t row0, row1, column0, column1;
     rows_of(team, row0, row1);
@@ -96,7 +97,7 @@ void Scaling<S, T>::adjoint_loop(const Problem<T>& p, const Team& team) {
         std::memset(sums, 0, ld_ * sizeof(S));
         team.barrier();
         const bool last = t == args_.num_iters - 1;
-        sweep(w, sums, row0, row1, [&](int64_t i, S s) {
+        sweep(w, sums, row0, row1, t % 2 != 0, [&](int64_t i, S s) {
             S* out = left_ + i * rank2 + 2 * t;
             out[0] = a_[i] > 0 ? static_cast<S>(u[i]) : S(0);
             const S phi = (last ? phi_[i] : S(0)) - out[0] * s;
@@ -112,58 +113,61 @@ void Scaling<S, T>::adjoint_loop(const Problem<T>& p, const Team& team) {
 }
 
 // C_bar = K (u v (d_transport (1 - C / eps) + d_dual) + left right / eps); without `unroll` the plan alone.
-template <class S, class T>
-void Scaling<S, T>::cost_gradient(const Problem<T>& p, const Team& team, bool unroll) {
-    const S inverse = static_cast<S>(1.0 / args_.epsilon);
-    const S of_transport = static_cast<S>(p.incoming(args_.grad_transport_cost));
-    const S of_dual = static_cast<S>(p.incoming(args_.grad_regularized_cost));
-    const int64_t rank2 = unroll ? 2 * args_.num_iters : 0;
-    const S slope = unroll ? inverse : S(0);
-    const Vec<S> zero = {};
+template <class Rows>
+void Scaling<Rows>::cost_gradient(const Problem<T>& p, const Team& team, bool unroll) {
+    const double of_transport = p.incoming(args_.grad_transport_cost), of_dual = p.incoming(args_.grad_regularized_cost);
     int64_t begin, end;
     rows_of(team, begin, end);
-    for (int64_t i = begin; i < end && i < n_; i += kBlock) {
-        for (int64_t j = 0; j < m_; j += 2 * width<S>) {
-            Vec<S> acc[kBlock][2] = {};
-            for (int64_t r2 = 0; r2 < rank2; ++r2) {
-                const Vec<S> right0 = load(right_ + r2 * ld_ + j), right1 = load(right_ + r2 * ld_ + j + width<S>);
-                for (int r = 0; r < kBlock; ++r) {
-                    const Vec<S> left = splat(left_[(i + r) * rank2 + r2]);
-                    acc[r][0] += left * right0;
-                    acc[r][1] += left * right1;
-                }
+    for_blocks(begin, end < n_ ? end : n_, rows_.block(), false, [&](int64_t i0, int64_t count) {
+        const S* kernel = rows_.kernel(i0, count);
+        const T* cost = rows_.cost(i0, count);
+        T* out = rows_.gradient(i0, count);
+        for (int64_t i = 0; i < count; i += kBlock) {
+            gradient_rows(i0 + i, count - i < kBlock ? count - i : kBlock, kernel + i * ld_, cost + i * m_, out + i * m_,
+                          of_transport, of_dual, unroll);
+        }
+        rows_.emit(i0, count);
+    });
+}
+
+// At most kBlock rows of it, from row `i` on; left_ has its padding, so that kBlock rows are always summed.
+template <class Rows>
+void Scaling<Rows>::gradient_rows(int64_t i, int64_t count, const S* kernel, const T* cost, T* out, double of_transport,
+                                  double of_dual, bool unroll) const {
+    const int64_t rank2 = unroll ? 2 * args_.num_iters : 0;
+    const S inverse = static_cast<S>(1.0 / args_.epsilon), slope = unroll ? inverse : S(0);
+    const S transport = static_cast<S>(of_transport), dual = static_cast<S>(of_dual);
+    const Vec<S> zero = {};
+    for (int64_t j = 0; j < m_; j += 2 * width<S>) {
+        Vec<S> acc[kBlock][2] = {};
+        for (int64_t r2 = 0; r2 < rank2; ++r2) {
+            const Vec<S> right0 = load(right_ + r2 * ld_ + j), right1 = load(right_ + r2 * ld_ + j + width<S>);
+            for (int r = 0; r < kBlock; ++r) {
+                const Vec<S> left = splat(left_[(i + r) * rank2 + r2]);
+                acc[r][0] += left * right0;
+                acc[r][1] += left * right1;
             }
-            for (int r = 0; r < kBlock && i + r < n_; ++r) {
-                const T* row = p.cost() + (i + r) * m_;
-                T* out = args_.grad_cost + (p.index * n_ + i + r) * m_;
-                for (int c = 0; c < 2; ++c) {
-                    const int64_t j1 = j + c * width<S>;
-                    if (j1 >= m_) break;
-                    const Vec<S> kernel = load(kernel_ + (i + r) * ld_ + j1);
-                    const Vec<S> direct = of_transport * (S(1) - (cost_vector(row, j1) - base_) * slope) + of_dual;
-                    Vec<S> value = kernel * (u_[i + r] * load(v_ + j1) * direct + acc[r][c] * inverse);
-                    value = kernel > zero ? value : zero;
-                    const int64_t count = m_ - j1 < width<S> ? m_ - j1 : width<S>;
-                    if (sizeof(S) == sizeof(T) && count == width<S>) {
-                        std::memcpy(out + j1, &value, sizeof value);
-                    } else {
-                        for (int64_t w = 0; w < count; ++w) out[j1 + w] = static_cast<T>(value[w]);
-                    }
-                }
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            for (int64_t c = 0, j1 = j; c < 2 && j1 < m_; ++c, j1 += width<S>) {
+                const Vec<S> k = load(kernel + r * ld_ + j1);
+                const Vec<S> direct = transport * (S(1) - (cost_vector(cost + r * m_, j1) - base_) * slope) + dual;
+                const Vec<S> value = k * (u_[i + r] * load(v_ + j1) * direct + acc[r][c] * inverse);
+                store_as(out + r * m_ + j1, k > zero ? value : zero, m_ - j1);
             }
         }
     }
 }
 
-template <class S, class T>
-void Scaling<S, T>::marginal_gradients(const Problem<T>& p) {
+template <class Rows>
+void Scaling<Rows>::marginal_gradients(const Problem<T>& p) {
     const double of_dual = p.incoming(args_.grad_regularized_cost), eps = args_.epsilon;
     double mass_a = 0, mass_b = 0;
     for (int64_t i = 0; i < n_; ++i) mass_a += a_[i];
     for (int64_t j = 0; j < m_; ++j) mass_b += b_[j];
     const bool unroll = args_.gradient == Gradient::unroll;
     for (int64_t i = 0; args_.grad_a && i < n_; ++i) {
-        const double log_u = std::log(static_cast<double>(u_[i])) + shift_[i] / eps;
+        const double log_u = std::log(static_cast<double>(u_[i])) + rows_.shift(i) / eps;
         double grad = of_dual != 0 ? of_dual * dual_marginal_gradient(eps, log_u, a_[i], mass_b) : 0.0;
         if (unroll && a_[i] > 0) grad += sum_phi_[i] / a_[i];
         args_.grad_a[p.index * n_ + i] = static_cast<T>(grad);
@@ -176,9 +180,10 @@ void Scaling<S, T>::marginal_gradients(const Problem<T>& p) {
     }
 }
 
-template <class S, class T>
-void Scaling<S, T>::backward(const Problem<T>& p, const Team& team) {
+template <class Rows>
+void Scaling<Rows>::backward(const Problem<T>& p, const Team& team) {
     const bool unroll = args_.gradient == Gradient::unroll;
+    rows_.open(p, team);
     if (!args_.kernel_ready) {
         start(p, team);
         load_scalings(p, team);
@@ -188,7 +193,7 @@ void Scaling<S, T>::backward(const Problem<T>& p, const Team& team) {
         first_adjoint(p, team);
         adjoint_loop(p, team);
     }
-    if (args_.grad_cost) cost_gradient(p, team, unroll);
+    if (rows_.wants_gradient()) cost_gradient(p, team, unroll);
     if (team.rank == 0 && (args_.grad_a || args_.grad_b)) marginal_gradients(p);
     team.barrier();
 }

@@ -35,23 +35,24 @@ void multiply(const S* matrix, int64_t rows, int64_t stride, const S* x, S* y) {
 }
 
 // kernel_t_ (m, n), rows padded with zeros
-template <class S, class T>
-void Scaling<S, T>::transpose_kernel() {
-    transpose(kernel_, ld_, kernel_t_, n_vec_, n_, m_);
+template <class Rows>
+void Scaling<Rows>::transpose_kernel() {
+    transpose(rows_.kernel(0, n_), ld_, kernel_t_, n_vec_, n_, m_);
     for (int64_t j = 0; j < m_; ++j) {
         for (int64_t i = n_; i < n_vec_; ++i) kernel_t_[j * n_vec_ + i] = 0;
     }
 }
 
-template <class S, class T>
-bool Scaling<S, T>::iterate_small(const Problem<T>& p) {
+template <class Rows>
+bool Scaling<Rows>::iterate_small(const Problem<T>& p) {
     transpose_kernel();
+    const S* kernel = rows_.kernel(0, n_);
     bool in_range = true;
     for (int64_t t = 0; t < args_.num_iters; ++t) {
         double *kept_u = p.kept_u(t), *kept_v = p.kept_v(t);
-        multiply(kernel_t_, m_, n_vec_, v_, rows_);
-        in_range &= divide(a_, rows_, u_, n_vec_);
-        multiply(kernel_, n_, ld_, u_, columns_);
+        multiply(kernel_t_, m_, n_vec_, v_, products_);
+        in_range &= divide(a_, products_, u_, n_vec_);
+        multiply(kernel, n_, ld_, u_, columns_);
         in_range &= divide(b_, columns_, v_, ld_);
         for (int64_t i = 0; kept_u && i < n_; ++i) kept_u[i] = u_[i];
         for (int64_t j = 0; kept_v && j < m_; ++j) kept_v[j] = v_[j];
@@ -60,24 +61,24 @@ bool Scaling<S, T>::iterate_small(const Problem<T>& p) {
 }
 
 // One iteration of the adjoint loop from w on: z into left_, gamma_ of the iteration before.
-template <class S, class T>
-void Scaling<S, T>::adjoint_small(const double* u, const S* w, const S* v_before, int64_t t) {
+template <class Rows>
+void Scaling<Rows>::adjoint_small(const double* u, const S* w, const S* v_before, int64_t t) {
     const Vec<S> zero = {};
     const bool last = t == args_.num_iters - 1;
-    multiply(kernel_t_, m_, n_vec_, w, rows_);
+    multiply(kernel_t_, m_, n_vec_, w, products_);
     for (int64_t i = 0; i < n_vec_; i += width<S>) {
         const Vec<S> mass = load(a_ + i), scaling = LoadAs<S, double>::part(u + i, n_ - i, S(0));
         const VecInt<S> used = mass > zero;
         const Vec<S> own = used ? scaling : zero;
-        const Vec<S> phi = (last ? load(phi_ + i) : zero) - own * load(rows_ + i);
-        store(rows_ + i, used ? phi * own / mass : zero);
+        const Vec<S> phi = (last ? load(phi_ + i) : zero) - own * load(products_ + i);
+        store(products_ + i, used ? phi * own / mass : zero);
         for (int64_t k = i; args_.grad_a && k < i + width<S> && k < n_; ++k) sum_phi_[k] += phi[k - i];
     }
     for (int64_t i = 0; i < n_; ++i) {
         left_[i * 2 * args_.num_iters + 2 * t] = a_[i] > 0 ? static_cast<S>(u[i]) : S(0);
-        left_[i * 2 * args_.num_iters + 2 * t + 1] = rows_[i];
+        left_[i * 2 * args_.num_iters + 2 * t + 1] = products_[i];
     }
-    multiply(kernel_, n_, ld_, rows_, columns_);
+    multiply(rows_.kernel(0, n_), n_, ld_, products_, columns_);
     for (int64_t j = 0; j < ld_; j += width<S>) store(gamma_ + j, -(load(v_before + j) * load(columns_ + j)));
 }
 
