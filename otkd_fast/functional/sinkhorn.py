@@ -30,8 +30,18 @@ _DIFFERENTIABLE = ("transport_cost", "regularized_cost", "f", "g")
 # what the op keeps for its backward: nothing, the last potentials, or those of every iteration
 _KEEP = {"unroll": 2, "envelope": 1, "detach": 1}
 
-_forward = torch.ops.otkd_fast.sinkhorn_fwd.default
-_backward = torch.ops.otkd_fast.sinkhorn_bwd.default
+_fwd = torch.ops.otkd_fast.sinkhorn_fwd.default
+_bwd = torch.ops.otkd_fast.sinkhorn_bwd.default
+
+
+def _forward(cost, a, b, epsilon, num_iters, update_a_first, keep):
+    outputs = _fwd(cost, a, b, None, None, epsilon, num_iters, 0.0, 1.0, torch.inf, torch.inf, update_a_first, keep)
+    return *outputs[:5], outputs[6]
+
+
+def _backward(cost, a, b, history, g1, g2, g3, g4, epsilon, num_iters, update_a_first, gradient, *needs):
+    options = (epsilon, num_iters, torch.inf, torch.inf, update_a_first, gradient)
+    return _bwd(cost, a, b, None, None, history, g1, g2, g3, g4, *options, *needs)
 
 
 def sinkhorn(

@@ -5,6 +5,7 @@ import torch
 from torch.func import grad, jacrev, vmap
 
 import otkd_fast
+from otkd_fast.ops.sinkhorn import KEEP
 from otkd_fast.testing import backends, random_problem
 
 OUTPUTS = ("transport_cost", "regularized_cost", "f", "g")
@@ -31,24 +32,25 @@ def layouts(generator):
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled backend")
 @pytest.mark.parametrize("update_a_first", [True, False])
-@pytest.mark.parametrize("gradient", ["unroll", "envelope", "detach"])
+@pytest.mark.parametrize("gradient", KEEP)
 def test_opcheck(gradient, update_a_first, generator):
     ops = torch.ops.otkd_fast
     for k, problem in enumerate(layouts(generator)):
         dtype = (torch.float64, torch.float32)[k % 2]
         problem = [None if tensor is None else tensor.to(dtype) for tensor in problem]
-        for keep in (0, 1, 2):
-            arguments = (*problem, 0.3, 3, update_a_first, keep)
-            torch.library.opcheck(ops.sinkhorn_fwd.default, arguments, test_utils=CHECKS)
-        outputs = ops.sinkhorn_fwd(*problem, 0.3, 3, update_a_first, 2 if gradient == "unroll" else 1)
+        problem += [None if k % 2 else torch.randn_like(problem[0].sum(-1)), torch.randn_like(problem[0].sum(-2))]
+        options = (0.3, 3, 1e-3 * (k % 2), 1.0, torch.inf, 2.0, update_a_first)
+        for keep in (0, 1, 2, 3):
+            torch.library.opcheck(ops.sinkhorn_fwd.default, (*problem, *options, keep), test_utils=CHECKS)
+        outputs = ops.sinkhorn_fwd(*problem, *options, KEEP[gradient])
         grads = [torch.randn_like(output) for output in outputs[:4]]
-        if gradient == "unroll":
+        if gradient in ("unroll", "last_step", "implicit"):
             grads[k] = None  # an output that nobody used
         else:
             covered = 1 if gradient == "envelope" else 0
             grads = [value if i == covered else None for i, value in enumerate(grads)]
         needs = (True, gradient != "detach" and problem[1] is not None, gradient != "detach" and problem[2] is not None)
-        arguments = (*problem, outputs[5], *grads, 0.3, 3, update_a_first, gradient, *needs)
+        arguments = (*problem, outputs[6], *grads, 0.3, 3, torch.inf, 2.0, update_a_first, gradient, *needs)
         torch.library.opcheck(ops.sinkhorn_bwd.default, arguments, test_utils=CHECKS)
 
 
