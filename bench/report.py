@@ -13,6 +13,7 @@ from .run import FAMILIES, RESULTS
 README_OPS = ("sinkd", "sinkhorn_shared", "sinkhorn_points_envelope", "cost_matrix_l1")
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SCALING = RESULTS / "scaling_cpu.json"
 OURS = "otkd_fast"
 
 
@@ -126,14 +127,32 @@ def markdown(report: dict, ops: tuple[str, ...] | None = None) -> str:
     return "\n".join(lines + (["", "Left out:", "", *missing] if missing else []))
 
 
-def update(page: Path, text: str, source: str) -> None:
+def scaling_markdown(report: dict) -> str:
+    """The fitted exponents beside those of the operation counts."""
+    machine = report["machine"]
+    lines = [
+        f"{report['dtype']}, {machine['threads']} threads of {machine['cpu']} ({machine['instruction_set']}). Time grows with "
+        "the variable to the power of; by the operation count, and as fitted to the last three points:",
+        "",
+        "| kernel | variable | from ... to | operations | measured | ms at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["sweeps"]:
+        lines.append(
+            f"| {row['kernel']} | {row['variable']} | {row['values'][0]} ... {row['values'][-1]} | "
+            f"{row['exponent_of_operations']:g} | {row['fitted_exponent']:.2f} | {milliseconds(row['milliseconds'][-1])} |"
+        )
+    return "\n".join(lines)
+
+
+def update(page: Path, text: str, source: str, maker: str = "bench.run") -> None:
     """Puts the text between the two markers of a page."""
     old = page.read_text()
     if old.count(BEGIN) != 1 or old.count(END) != 1:
         raise SystemExit(f"{page}: expected one {BEGIN} and one {END}")
     head, rest = old.split(BEGIN)
     tail = rest.split(END)[1]
-    made = f"Made by `python -m bench.run` and `python -m bench.report --update-docs` from `{source}`."
+    made = f"Made by `python -m {maker}` and `python -m bench.report --update-docs` from `{source}`."
     page.write_text(f"{head}{BEGIN}\n{text}\n\n{made}\n{END}{tail}")
 
 
@@ -143,12 +162,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--update-docs", action="store_true", help=f"write README and docs, between {BEGIN} and {END}")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="gets some of the tables")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md", help="gets all of them")
+    parser.add_argument("--scaling", type=Path, default=SCALING, help="file written by bench.scaling, if it is there")
+    parser.add_argument("--numerics", type=Path, default=ROOT / "docs" / "numerics.md", help="gets the exponents")
     options = parser.parse_args(arguments)
     report = json.loads(options.json.read_text())
     if options.update_docs:
         source = f"bench/results/{options.json.name}"
         update(options.readme, markdown(report, README_OPS), source)
         update(options.docs, markdown(report), source)
+        if options.scaling.exists():
+            scaling = scaling_markdown(json.loads(options.scaling.read_text()))
+            update(options.numerics, scaling, f"bench/results/{options.scaling.name}", "bench.scaling")
     else:
         print(markdown(report))
 

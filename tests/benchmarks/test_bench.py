@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench import measure, report, run, sinkd, sinkhorn_dense, sinkhorn_points, sinkhorn_shared  # noqa: E402
+from bench import measure, report, run, scaling, sinkd, sinkhorn_dense, sinkhorn_points, sinkhorn_shared  # noqa: E402
 from bench.family import Peer  # noqa: E402
 
 SMALL = "8x4"
@@ -95,13 +95,20 @@ def test_pages_are_made_from_the_json(tmp_path):
     for page in pages:
         page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     results.write_text(json.dumps(made_up_report()))
+    numerics, sweeps = tmp_path / "numerics.md", tmp_path / "scaling.json"
+    numerics.write_text("before\n<!-- bench:begin -->\n<!-- bench:end -->\n")
+    sweep = {"kernel": "dense", "variable": "n", "values": [64, 128], "milliseconds": [1.0, 4.0]}
+    sweep |= {"exponent_of_operations": 2, "fitted_exponent": 2.0}
+    sweeps.write_text(json.dumps(run.make_report([]) | {"sweeps": [sweep]}))
     arguments = [str(results), "--update-docs", "--readme", str(pages[0]), "--docs", str(pages[1])]
+    arguments += ["--scaling", str(sweeps), "--numerics", str(numerics)]
     for _ in range(2):
         report.main(arguments)
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nafter\n")
         assert "old" not in text and text.count("**0.100**") == 1
+    assert "| dense | n | 64 ... 128 | 2 | 2.00 | 4.00 |" in numerics.read_text()
     pages[0].write_text("no markers")
     with pytest.raises(SystemExit, match="bench:begin"):
         report.main(arguments)
@@ -117,3 +124,8 @@ def test_medians_are_of_all_functions():
     medians = measure.interleaved_medians({name: lambda name=name: count(name) for name in calls}, seconds=0.05)
     assert set(medians) == {"a", "b"} and all(value > 0 for value in medians.values())
     assert all(value >= 7 for value in calls.values())
+
+
+def test_exponents_are_fitted():
+    values = (10, 20, 40, 80)
+    assert scaling.fitted_exponent(values, [5.0, 3.0 * 20**1.5, 3.0 * 40**1.5, 3.0 * 80**1.5]) == pytest.approx(1.5)
