@@ -130,18 +130,18 @@ def markdown(report: dict, ops: tuple[str, ...] | None = None) -> str:
 def scaling_markdown(report: dict) -> str:
     """The fitted exponents beside those of the operation counts."""
     machine = report["machine"]
+    on = f"{machine['threads']} threads of {machine['cpu']} ({machine['instruction_set']})"
     lines = [
-        f"{report['dtype']}, {machine['threads']} threads of {machine['cpu']} ({machine['instruction_set']}). Time grows with "
-        "the variable to the power of; by the operation count, and as fitted to the last three points:",
+        f"{report['dtype']}, {on}. Exponents of the time: by the operation count, and fitted to the last three points.",
         "",
         "| kernel | variable | from ... to | operations | measured | ms at the end |",
         "|---|---|---|---|---|---|",
     ]
     for row in report["sweeps"]:
-        lines.append(
-            f"| {row['kernel']} | {row['variable']} | {row['values'][0]} ... {row['values'][-1]} | "
-            f"{row['exponent_of_operations']:g} | {row['fitted_exponent']:.2f} | {milliseconds(row['milliseconds'][-1])} |"
-        )
+        first, last = row["values"][0], row["values"][-1]
+        exponents = f"{row['exponent_of_operations']:g} | {row['fitted_exponent']:.2f}"
+        end = milliseconds(row["milliseconds"][-1])
+        lines.append(f"| {row['kernel']} | {row['variable']} | {first} ... {last} | {exponents} | {end} |")
     return "\n".join(lines)
 
 
