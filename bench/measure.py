@@ -9,8 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cases import MAX_GRADIENT_ERROR, MAX_VALUE_ERROR
-from .peers import Function, Peer
+from .family import Function, Peer, Problem
+
+# Relative errors against float64 above which a result counts as wrong and no time is shown.
+MAX_VALUE_ERROR = 1e-5
+MAX_GRADIENT_ERROR = 1e-3
 
 
 def forward_backward(function: Function, x: Tensor, y: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -76,13 +79,14 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def measure(peers: tuple[Peer, ...], inputs: tuple, expected: tuple[Tensor, Tensor], seconds: float) -> dict[str, dict]:
+def measure(problem: Problem, peers: tuple[Peer, ...], size: str, seconds: float) -> dict[str, dict]:
     """Every peer on the same inputs: name -> errors and milliseconds, or {"skipped": reason} / {"wrong": reason}."""
+    inputs, expected = problem.inputs, problem.expected
     x, y, *rest = inputs
     results, ready = {}, {}
     for peer in peers:
         try:
-            function = peer.build()
+            function = peer.build(size)
             results[peer.name] = check(peer, function, expected, inputs)
             ready[peer.name] = function
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""Draws Markdown tables from the JSON of bench.run: `python -m bench.report [--update-readme]`."""
+"""Draws Markdown tables from the JSON of bench.run: `python -m bench.report [--update-docs]`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from .cases import REQUIRED_COST, REQUIRED_SINKD
-from .peers import COST_PEERS, GEOMLOSS_NOTE, SINKD_PEERS
-from .run import RESULTS
+from .family import Family
+from .memory import TITLES as MEMORY_TITLES
+from .run import FAMILIES, RESULTS
 
+README_OPS = ("sinkd", "sinkhorn_shared", "sinkhorn_points_envelope", "cost_matrix_l1")
+ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SCALING = RESULTS / "scaling_cpu.json"
 OURS = "otkd_fast"
 
 
@@ -29,7 +32,7 @@ def milliseconds(value: float) -> str:
 
 def table(cases: list[dict], peers: tuple, required: dict, key: str) -> list[str]:
     """One line a size; each peer's time with its ratio to ours (and the ratio that is required, where there is one)."""
-    lines = ["| b x d | " + " | ".join(p.label for p in peers) + " |", "|---" * (len(peers) + 1) + "|"]
+    lines = ["| size | " + " | ".join(p.label for p in peers) + " |", "|---" * (len(peers) + 1) + "|"]
     for case in cases:
         ours = case["results"][OURS].get(key)
         cells = [case["size"].replace("x", " x ")]
@@ -47,10 +50,10 @@ def table(cases: list[dict], peers: tuple, required: dict, key: str) -> list[str
     return lines
 
 
-def first_calls(cases: list[dict]) -> str:
+def first_calls(family: Family, cases: list[dict]) -> str:
     """Seconds of the first forward and backward of each peer, over the sizes."""
     parts = []
-    for peer in SINKD_PEERS:
+    for peer in family.peers:
         seconds = [
             c["results"][peer.name]["first_call_s"] for c in cases if "first_call_s" in c["results"].get(peer.name, {})
         ]
@@ -60,80 +63,118 @@ def first_calls(cases: list[dict]) -> str:
     return "First call (forward and backward): " + "; ".join(parts) + "."
 
 
+def neighbours(family: Family, cases: list[dict]) -> list[str]:
+    """What the peers with another answer solve, and by how much their value differs."""
+    lines = []
+    for peer in family.peers:
+        found = [c["results"].get(peer.name, {}).get("value_differs_from_ours_by") for c in cases]
+        found = [value for value in found if value is not None]
+        if found:
+            low, high = f"{min(found):.2%}", f"{max(found):.2%}"
+            by = low if low == high else f"{low} to {high}"
+            lines += ["", f"{peer.label}: {peer.note} Its value differs by {by} here.".replace(":  ", ": ")]
+    return lines
+
+
 def left_out(cases: list[dict]) -> list[str]:
-    labels = {p.name: p.label for p in SINKD_PEERS + COST_PEERS}
+    labels = {(family.op, peer.name): peer.label for family in FAMILIES for peer in family.peers}
     rows = [(c, name, row) for c in cases for name, row in c["results"].items()]
     return [
-        f"- {labels[n]} at {c['size']} ({c['op']}): {r.get('skipped') or r['wrong']}"
+        f"- {labels[c['op'], n]} at {c['size']} ({c['op']}): {r.get('skipped') or r['wrong']}"
         for c, n, r in rows
         if "skipped" in r or "wrong" in r
     ]
 
 
-def markdown(report: dict) -> str:
-    """The tables with what they were measured on, and where a peer's answer differs."""
-    machine, cases = report["machine"], report["cases"]
+def memory_table(rows: list[dict]) -> list[str]:
+    lines = ["", "Peak memory above the inputs, forward and backward, MB", "", "| case | MB |", "|---|---|"]
+    for row in rows:
+        group, variant = row["case"].split(" ", 1)
+        shown = f"{row['peak_mb']:.0f}" if "peak_mb" in row else row["skipped"]
+        lines.append(f"| {MEMORY_TITLES[group]}: {variant} | {shown} |")
+    return lines
+
+
+def section(family: Family, cases: list[dict]) -> list[str]:
+    """The tables of one family."""
+    lines = ["", f"{family.title}: forward and backward", ""]
+    lines += [*table(cases, family.peers, family.required, "forward_backward_ms"), "", "Forward only", ""]
+    lines += [*table(cases, family.peers, family.required_forward, "forward_ms"), "", first_calls(family, cases)]
+    return lines + neighbours(family, cases)
+
+
+def heading(report: dict) -> str:
+    machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    sinkd = [c for c in cases if c["op"] == "sinkd"]
-    cost = [c for c in cases if c["op"] == "cost_matrix_l1"]
-    lines = [
-        f"{report['dtype']}, {machine['threads']} threads of {machine['cpu']} "
-        f"({machine['instruction_set']}), {versions}, {report['created'][:10]}. Medians in milliseconds, the variants "
-        "interleaved in one run, after the answers were checked against float64; in brackets the ratio to otkd_fast.",
-    ]
-    if sinkd:
-        p = sinkd[0]["parameters"]
-        title = (
-            f"SinKD, L1 cost on softmax(z / {p['temperature']:g}), epsilon {p['epsilon']:g}, "
-            f"{p['num_iters']} iterations, unrolled gradient"
-        )
-        lines += [
-            "",
-            f"{title}: forward and backward",
-            "",
-            *table(sinkd, SINKD_PEERS, REQUIRED_SINKD, "forward_backward_ms"),
-        ]
-        lines += ["", "Forward only", "", *table(sinkd, SINKD_PEERS, {}, "forward_ms"), "", first_calls(sinkd)]
-        differences = [c["results"].get("geomloss", {}).get("value_differs_from_ours_by") for c in sinkd]
-        differences = [d for d in differences if d is not None]
-        if differences:
-            low, high = f"{min(differences):.1%}", f"{max(differences):.1%}"
-            by = low if low == high else f"{low} to {high}"
-            lines += ["", f"{GEOMLOSS_NOTE} Its value differs from the published loss by {by} here."]
-    if cost:
-        lines += [
-            "",
-            "L1 cost matrix (b x b): forward and backward",
-            "",
-            *table(cost, COST_PEERS, REQUIRED_COST, "forward_backward_ms"),
-        ]
-        lines += ["", "Forward only", "", *table(cost, COST_PEERS, REQUIRED_COST, "forward_ms")]
+    threads, cpu = f"{machine['threads']} threads of {machine['cpu']}", machine["instruction_set"]
+    return (
+        f"{report['dtype']}, {threads} ({cpu}), {versions}, {report['created'][:10]}. Medians in milliseconds, the "
+        "variants interleaved in one run, after the answers were checked against float64; in brackets the ratio to "
+        "otkd_fast."
+    )
+
+
+def markdown(report: dict, ops: tuple[str, ...] | None = None) -> str:
+    """The tables with what they were measured on, and where a peer's answer differs; `ops` chooses families."""
+    lines = [heading(report)]
+    cases = [case for case in report["cases"] if ops is None or case["op"] in ops]
+    for family in FAMILIES:
+        own = [case for case in cases if case["op"] == family.op]
+        lines += section(family, own) if own else []
+    if ops is None and report.get("memory"):
+        lines += memory_table(report["memory"])
     missing = left_out(cases)
     return "\n".join(lines + (["", "Left out:", "", *missing] if missing else []))
 
 
-def update(readme: Path, text: str, source: str) -> None:
-    """Puts the text between the two markers of the README."""
-    old = readme.read_text()
+def scaling_markdown(report: dict) -> str:
+    """The fitted exponents beside those of the operation counts."""
+    machine = report["machine"]
+    on = f"{machine['threads']} threads of {machine['cpu']} ({machine['instruction_set']})"
+    lines = [
+        f"{report['dtype']}, {on}. Exponents of the time: by the operation count, and fitted to the last three points.",
+        "",
+        "| kernel | variable | from ... to | operations | measured | ms at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["sweeps"]:
+        first, last = row["values"][0], row["values"][-1]
+        exponents = f"{row['exponent_of_operations']:g} | {row['fitted_exponent']:.2f}"
+        end = milliseconds(row["milliseconds"][-1])
+        lines.append(f"| {row['kernel']} | {row['variable']} | {first} ... {last} | {exponents} | {end} |")
+    return "\n".join(lines)
+
+
+def update(page: Path, text: str, source: str, maker: str = "bench.run") -> None:
+    """Puts the text between the two markers of a page."""
+    old = page.read_text()
     if old.count(BEGIN) != 1 or old.count(END) != 1:
-        raise SystemExit(f"{readme}: expected one {BEGIN} and one {END}")
+        raise SystemExit(f"{page}: expected one {BEGIN} and one {END}")
     head, rest = old.split(BEGIN)
     tail = rest.split(END)[1]
-    made = f"Made by `python -m bench.run` and `python -m bench.report --update-readme` from `{source}`."
-    readme.write_text(f"{head}{BEGIN}\n{text}\n\n{made}\n{END}{tail}")
+    made = f"Made by `python -m {maker}` and `python -m bench.report --update-docs` from `{source}`."
+    page.write_text(f"{head}{BEGIN}\n{text}\n\n{made}\n{END}{tail}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("json", type=Path, nargs="?", default=RESULTS / "cpu.json", help="file written by bench.run")
-    parser.add_argument("--update-readme", action="store_true", help=f"write the tables between {BEGIN} and {END}")
-    parser.add_argument("--readme", type=Path, default=Path(__file__).parent.parent / "README.md")
+    parser.add_argument("--update-docs", action="store_true", help=f"write README and docs, between {BEGIN} and {END}")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="gets some of the tables")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md", help="gets all of them")
+    parser.add_argument("--scaling", type=Path, default=SCALING, help="file written by bench.scaling, if it is there")
+    parser.add_argument("--numerics", type=Path, default=ROOT / "docs" / "numerics.md", help="gets the exponents")
     options = parser.parse_args(arguments)
-    text = markdown(json.loads(options.json.read_text()))
-    if options.update_readme:
-        update(options.readme, text, f"bench/results/{options.json.name}")
+    report = json.loads(options.json.read_text())
+    if options.update_docs:
+        source = f"bench/results/{options.json.name}"
+        update(options.readme, markdown(report, README_OPS), source)
+        update(options.docs, markdown(report), source)
+        if options.scaling.exists():
+            scaling = scaling_markdown(json.loads(options.scaling.read_text()))
+            update(options.numerics, scaling, f"bench/results/{options.scaling.name}", "bench.scaling")
     else:
-        print(text)
+        print(markdown(report))
 
 
 if __name__ == "__main__":

@@ -6,25 +6,31 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
+from .family import Family, Peer, Problem
 from .measure import check, forward_backward
-from .peers import Peer
 
 DIRECTIONS = ("forward", "forward-backward")
 THREADS = 2
 
 
-def run(benchmark, peer: Peer, inputs: tuple, expected: tuple[Tensor, Tensor], direction: str, group: str) -> None:
+def size_and_peer(family: Family) -> list:
+    """(size, peer) for everything that the family measures, as parameters of a test."""
+    pairs = [(size, peer) for size in family.sizes for peer in family.peers_of(size)]
+    return [pytest.param(size, peer, id=f"{size}-{peer.name}") for size, peer in pairs]
+
+
+def run(benchmark, problem: Problem, peer: Peer, size: str, direction: str, group: str) -> None:
     """Skips where the peer is not installed, fails where its answer is wrong, else times one direction."""
     torch.set_num_threads(THREADS)
     try:
-        function = peer.build()
+        function = peer.build(size)
     except ImportError as error:
         pytest.skip(f"{peer.name}: not installed ({error})")
-    benchmark.extra_info |= check(peer, function, expected, inputs) | {"peer": peer.name, "threads": THREADS}
+    benchmark.extra_info |= check(peer, function, problem.expected, problem.inputs)
+    benchmark.extra_info |= {"peer": peer.name, "threads": THREADS}
     benchmark.group = f"{group}, {direction}"
-    benchmark(timed(function, inputs, direction))
+    benchmark(timed(function, problem.inputs, direction))
 
 
 def timed(function: Callable, inputs: tuple, direction: str) -> Callable[[], object]:

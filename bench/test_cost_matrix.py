@@ -4,16 +4,16 @@ import functools
 
 import pytest
 
-from . import peers, suite
-from .cases import SIZES
-from .run import cost_problem
+from . import suite
+from .cost_l1 import FAMILY
 
-problem = functools.cache(cost_problem)
+
+@functools.cache
+def cases(size):
+    return FAMILY.problem(size)
 
 
 @pytest.mark.parametrize("direction", suite.DIRECTIONS)
-@pytest.mark.parametrize("peer", peers.COST_PEERS, ids=lambda p: p.name)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "peer"), suite.size_and_peer(FAMILY))
 def test_l1_cost(benchmark, size, peer, direction):
-    inputs, expected = problem(size)
-    suite.run(benchmark, peer, inputs, expected, direction, f"l1 cost {size}")
+    suite.run(benchmark, cases(size), peer, size, direction, f"l1 cost {size}")

@@ -4,16 +4,16 @@ import functools
 
 import pytest
 
-from . import peers, suite
-from .cases import SIZES
-from .run import sinkd_problem
+from . import suite
+from .sinkd import FAMILY
 
-problem = functools.cache(sinkd_problem)
+
+@functools.cache
+def cases(size):
+    return FAMILY.problem(size)
 
 
 @pytest.mark.parametrize("direction", suite.DIRECTIONS)
-@pytest.mark.parametrize("peer", [*peers.SINKD_PEERS, peers.REFERENCE_PEER], ids=lambda p: p.name)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "peer"), suite.size_and_peer(FAMILY))
 def test_sinkd(benchmark, size, peer, direction):
-    inputs, expected = problem(size)
-    suite.run(benchmark, peer, inputs, expected, direction, f"sinkd {size}")
+    suite.run(benchmark, cases(size), peer, size, direction, f"sinkd {size}")

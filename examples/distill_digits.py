@@ -36,7 +36,7 @@ from torch.nn import functional as F
 # bench/ lies beside examples/; appended, so that an installed otkd_fast goes before the folder of the same name.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import cases, measure, peers, report, run  # noqa: E402
+from bench import cost_l1, measure, report, run, sinkd  # noqa: E402
 from otkd_fast.losses import SinKD  # noqa: E402
 
 BATCH, TEACHER_EPOCHS, STUDENT_EPOCHS, STUDENT_ROWS, HIDDEN = 64, 40, 150, 128, 16
@@ -224,11 +224,11 @@ def step_times(quick: bool) -> tuple[dict[str, float], list[str]]:
         "cross-entropy": cross_entropy,
         "KL": kl_loss(**KL_CHOICE),
         "SinKD, otkd_fast": sinkd_loss(**choice),
-        "SinKD, released PyTorch loop": with_transport(**choice, transport=peers.released_loop),
+        "SinKD, released PyTorch loop": with_transport(**choice, transport=sinkd.released_loop),
     }
     skipped = []
     try:
-        pot = next(p for p in peers.SINKD_PEERS if p.name == "pot").build()
+        pot = next(p for p in sinkd.PEERS if p.name == "pot").build(f"{BATCH}x10")
         losses["SinKD, POT"] = with_transport(**choice, transport=pot)
     except ImportError as error:
         skipped.append(f"SinKD through POT ({error})")
@@ -255,12 +255,16 @@ def step_times(quick: bool) -> tuple[dict[str, float], list[str]]:
 
 def microbenchmark(quick: bool) -> dict:
     """bench's SinKD and cost problems at 64 x 100, and at 256 x 100 without the compiled peer."""
-    names = {"otkd_fast", "released", "pot", "geomloss"}
-    first, second = cases.SIZES[:2]
+    names = {"otkd_fast", "released", "pot", "geomloss", "cdist"}
+    first, second = sinkd.SIZES[:2]
     seconds = 0.2 if quick else 6.0
-    measured = [run.measure_sinkd(first, seconds, names if quick else None), run.measure_cost(first, seconds)]
+    chosen = names if quick else None
+    measured = [
+        run.measure_case(sinkd.FAMILY, first, seconds, chosen),
+        run.measure_case(cost_l1.FAMILY, first, seconds),
+    ]
     if not quick:
-        measured += [run.measure_sinkd(second, seconds, names), run.measure_cost(second, seconds)]
+        measured += [run.measure_case(family, second, seconds, names) for family in (sinkd.FAMILY, cost_l1.FAMILY)]
     return run.make_report(measured)
 
 

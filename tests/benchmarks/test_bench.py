@@ -1,4 +1,4 @@
-"""The benchmark's own rules: no time for a wrong answer, and a README made from the JSON."""
+"""The benchmark's own rules: no time for a wrong answer, and pages made from the JSON."""
 
 import json
 import sys
@@ -9,52 +9,65 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench import cases, measure, report, run  # noqa: E402
-from bench.peers import Peer  # noqa: E402
+from bench import measure, report, run, scaling, sinkd, sinkhorn_dense, sinkhorn_points, sinkhorn_shared  # noqa: E402
+from bench.family import Peer  # noqa: E402
 
-SMALL = cases.Size(8, 4)
+SMALL = "8x4"
+
+
+def ours(family):
+    return next(peer for peer in family.peers if peer.name == "otkd_fast")
 
 
 def test_a_wrong_peer_gets_no_time():
-    inputs, expected = run.sinkd_problem(SMALL)
-    right = next(p for p in run.peers.SINKD_PEERS if p.name == "otkd_fast")
-    wrong_value = Peer("wrong", "wrong", lambda: lambda s, t: 1.001 * right.build()(s, t))
-    nan = Peer("nan", "nan", lambda: lambda s, t: right.build()(s, t) * float("nan"))
-    results = measure.measure((right, wrong_value, nan), inputs, expected, seconds=0.02)
+    right = ours(sinkd.FAMILY)
+    wrong_value = Peer("wrong", "wrong", lambda size: lambda s, t: 1.001 * right.build(size)(s, t))
+    nan = Peer("nan", "nan", lambda size: lambda s, t: right.build(size)(s, t) * float("nan"))
+    results = measure.measure(sinkd.problem(SMALL), (right, wrong_value, nan), SMALL, seconds=0.02)
     assert results["otkd_fast"]["forward_ms"] > 0
     for name in ("wrong", "nan"):
         assert "wrong answer" in results[name]["wrong"] and "forward_ms" not in results[name]
 
 
 def test_a_missing_peer_is_left_out_with_its_reason():
-    def build():
+    def build(size):
         raise ImportError("No module named 'nothing'")
 
-    inputs, expected = run.sinkd_problem(SMALL)
-    right = next(p for p in run.peers.SINKD_PEERS if p.name == "otkd_fast")
-    results = measure.measure((right, Peer("absent", "absent", build)), inputs, expected, seconds=0.02)
+    peers = (ours(sinkd.FAMILY), Peer("absent", "absent", build))
+    results = measure.measure(sinkd.problem(SMALL), peers, SMALL, seconds=0.02)
     assert results["absent"] == {"skipped": "not installed (No module named 'nothing')"}
 
 
 def test_our_own_failure_is_not_swallowed():
-    def build():
-        return lambda s, t: 1 / 0
-
-    inputs, expected = run.sinkd_problem(SMALL)
+    failing = Peer("otkd_fast", "otkd_fast", lambda size: lambda s, t: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        measure.measure((Peer("otkd_fast", "otkd_fast", build),), inputs, expected, seconds=0.02)
+        measure.measure(sinkd.problem(SMALL), (failing,), SMALL, seconds=0.02)
 
 
-@pytest.mark.parametrize("name", ["released", "pot"])
-def test_peers_solve_the_same_problem(name):
-    inputs, expected = run.sinkd_problem(SMALL)
-    peer = next(p for p in run.peers.SINKD_PEERS if p.name == name)
-    try:
-        function = peer.build()
-    except ImportError as error:
-        pytest.skip(str(error))
-    result = measure.check(peer, function, expected, inputs)
-    assert result["value_error"] < 1e-5 and result["gradient_error"] < 1e-4
+FAMILIES = {
+    "sinkd": (sinkd.FAMILY, SMALL),
+    "shared": (sinkhorn_shared.FAMILY, "12"),
+    "dense": (sinkhorn_dense.FAMILY, "3x5x5"),
+    "points, envelope": (sinkhorn_points.ENVELOPE, "64"),
+    "points, unrolled": (sinkhorn_points.UNROLLED, "64"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peers_solve_the_problem_that_they_claim_to_solve(family):
+    """Also ours: value and gradient against float64."""
+    family, size = FAMILIES[family]
+    problem = family.problem(size)
+    checked = 0
+    for peer in (peer for peer in family.peers if not peer.name.endswith("compiled")):
+        try:
+            function = peer.build(size)
+        except ImportError:
+            continue
+        result = measure.check(peer, function, problem.expected, problem.inputs)
+        assert result["value_error"] < 1e-5 and result["gradient_error"] < 1e-3
+        checked += 1
+    assert checked >= 2
 
 
 def made_up_report():
@@ -64,9 +77,9 @@ def made_up_report():
         "pot": {"wrong": "pot: wrong answer, relative errors 1 (value) and 1 (gradient)"},
         "geomloss": {"skipped": "not installed (No module named 'geomloss')"},
     }
-    parameters = {"temperature": 2.0, "epsilon": 0.1, "num_iters": 20}
-    case = {"op": "sinkd", "size": "64x100", "parameters": parameters, "results": rows}
-    return run.make_report([case])
+    case = {"op": "sinkd", "size": "64x100", "parameters": sinkd.FAMILY.parameters, "results": rows}
+    memory = [{"case": "wkd otkd_fast", "peak_mb": 63.4}, {"case": "wkd released form", "skipped": "no memory"}]
+    return run.make_report([case], memory)
 
 
 def test_markdown_has_ratios_and_requirements():
@@ -74,20 +87,31 @@ def test_markdown_has_ratios_and_requirements():
     assert "| 64 x 100 | **0.100** | 1.25 (12.5 x, at least 10) | - | wrong answer | - |" in text
     assert "geomloss SamplesLoss at 64x100 (sinkd): not installed" in text
     assert "wrong answer, relative errors" in text
+    assert "10 iterations: otkd_fast | 63 |" in text and "released form | no memory |" in text
 
 
-def test_readme_is_made_from_the_json(tmp_path):
-    readme, results = tmp_path / "README.md", tmp_path / "cpu.json"
-    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+def test_pages_are_made_from_the_json(tmp_path):
+    pages, results = [tmp_path / "README.md", tmp_path / "benchmarks.md"], tmp_path / "cpu.json"
+    for page in pages:
+        page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     results.write_text(json.dumps(made_up_report()))
+    numerics, sweeps = tmp_path / "numerics.md", tmp_path / "scaling.json"
+    numerics.write_text("before\n<!-- bench:begin -->\n<!-- bench:end -->\n")
+    sweep = {"kernel": "dense", "variable": "n", "values": [64, 128], "milliseconds": [1.0, 4.0]}
+    sweep |= {"exponent_of_operations": 2, "fitted_exponent": 2.0}
+    sweeps.write_text(json.dumps(run.make_report([]) | {"sweeps": [sweep]}))
+    arguments = [str(results), "--update-docs", "--readme", str(pages[0]), "--docs", str(pages[1])]
+    arguments += ["--scaling", str(sweeps), "--numerics", str(numerics)]
     for _ in range(2):
-        report.main([str(results), "--update-readme", "--readme", str(readme)])
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nafter\n")
-    assert "old" not in text and text.count("**0.100**") == 1
-    readme.write_text("no markers")
+        report.main(arguments)
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith("before\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nafter\n")
+        assert "old" not in text and text.count("**0.100**") == 1
+    assert "| dense | n | 64 ... 128 | 2 | 2.00 | 4.00 |" in numerics.read_text()
+    pages[0].write_text("no markers")
     with pytest.raises(SystemExit, match="bench:begin"):
-        report.main([str(results), "--update-readme", "--readme", str(readme)])
+        report.main(arguments)
 
 
 def test_medians_are_of_all_functions():
@@ -100,3 +124,8 @@ def test_medians_are_of_all_functions():
     medians = measure.interleaved_medians({name: lambda name=name: count(name) for name in calls}, seconds=0.05)
     assert set(medians) == {"a", "b"} and all(value > 0 for value in medians.values())
     assert all(value >= 7 for value in calls.values())
+
+
+def test_exponents_are_fitted():
+    values = (10, 20, 40, 80)
+    assert scaling.fitted_exponent(values, [5.0, 3.0 * 20**1.5, 3.0 * 40**1.5, 3.0 * 80**1.5]) == pytest.approx(1.5)

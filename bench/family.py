@@ -1,0 +1,53 @@
+"""A family of benchmark cases: one table of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way of computing a case. `build(size)` returns a function of the two inputs, or raises ImportError.
+
+    `same_answer` False: it solves a neighbouring problem (`note` says which), so its result in float32 is checked
+    against its own in float64. `sizes`: where it is measured; None is everywhere.
+    """
+
+    name: str
+    label: str
+    build: Callable[[str], Function]
+    same_answer: bool = True
+    note: str = ""
+    sizes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs (x with gradient, y[, gradient of the output]), and the float64 value and gradient."""
+
+    inputs: tuple
+    expected: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """`required`: size -> peer -> ratio (peer's time over ours, forward and backward) that the package has to reach."""
+
+    op: str
+    title: str
+    sizes: tuple[str, ...]
+    problem: Callable[[str], Problem]
+    peers: tuple[Peer, ...]
+    parameters: dict = field(default_factory=dict)
+    required: dict[str, dict[str, float]] = field(default_factory=dict)
+    required_forward: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def peers_of(self, size: str) -> tuple[Peer, ...]:
+        """The peers that are measured at this size."""
+        return tuple(peer for peer in self.peers if peer.sizes is None or size in peer.sizes)
