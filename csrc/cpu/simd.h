@@ -62,7 +62,7 @@ OTKD_INLINE void store(T* p, Vec<T> v) {
 
 template <class T>
 OTKD_INLINE Vec<T> splat(T x) {
-    return Vec<T>{} + x;  // the compiler turns it into a broadcast
+    return x - Vec<T>{};  // a broadcast: x - 0 is x for every x, 0 + x is not (-0)
 }
 
 // Lanes [0, count) from memory, the others `fill`; count at most a vector, never beyond it read.
@@ -273,6 +273,51 @@ OTKD_INLINE Vec<double> ScaledExp<double>::operator()(Vec<double> d) const {
     const VecInt<double> bits = ((VecInt<double>)shifted << 52) + (VecInt<double>)p;
     return (Vec<double>)(~underflow & bits);
 }
+
+// log(x) for x > 0, error below one unit in the last place (the scheme of fdlibm); what it gives elsewhere means nothing.
+OTKD_INLINE Vec<double> log(Vec<double> x) {
+    const VecInt<double> subnormal = x < std::numeric_limits<double>::min();
+    const Vec<double> normal = subnormal ? x * 18014398509481984.0 : x;  // 2^54
+    const VecInt<double> bits = (VecInt<double>)normal;
+    const VecInt<double> exponent = (bits - 0x3FE6A09E667F3BCDLL) >> 52;  // of x / sqrt(1/2)
+    const Vec<double> f = (Vec<double>)(bits - (exponent << 52)) - 1.0;   // in [sqrt(1/2) - 1, sqrt(2) - 1)
+    Vec<double> k = (Vec<double>)(exponent + 0x4338000000000000LL) - 6755399441055744.0;
+    k = subnormal ? k - 54.0 : k;
+    const Vec<double> s = f / (2.0 + f), z = s * s, half = 0.5 * f * f;
+    Vec<double> p = splat(1.479819860511658591e-01);
+    p = p * z + 1.531383769920937332e-01;
+    p = p * z + 1.818357216161805012e-01;
+    p = p * z + 2.222219843214978396e-01;
+    p = p * z + 2.857142874366239149e-01;
+    p = p * z + 3.999999999940941908e-01;
+    p = p * z + 6.666666666666735130e-01;
+    return k * 6.93147180369123816490e-01 - ((half - (s * (half + z * p) + k * 1.90821492927058770002e-10)) - f);
+}
+
+// 1 / x; x = 0 and infinite x may give NaN.
+template <class T>
+OTKD_INLINE Vec<T> reciprocal(Vec<T> x) {
+    return T(1) / x;
+}
+#if defined(__AVX512F__)
+template <>
+OTKD_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
+    const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);  // 14 bits, then one step of Newton
+    return y + y * (1.0f - x * y);
+}
+#endif
+
+// While it lives, results below the smallest normal number are 0: on x86-64 each of them costs a hundred times a sum.
+class FlushSubnormals {
+  public:
+#if defined(__x86_64__)
+    FlushSubnormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8000); }
+    ~FlushSubnormals() { __builtin_ia32_ldmxcsr(before_); }
+
+  private:
+    unsigned before_;
+#endif
+};
 
 }  // namespace OTKD_ISA
 }  // namespace otkd_fast

@@ -1,0 +1,248 @@
+// Forward iterations of a block of problems on scalings that leave the masses out: u = a x, v = b y with
+//   x_i = 1 / (K v)_i,   y_j = 1 / (K^T u)_j
+// so that tiny masses do not widen the range of the exponents: x and y stay within exp(+-range) whatever a and b are. A
+// product of a mass and a scaling that underflows is lost in a sum of at least kSmallest. Masses of 0 have scaling 0.
+// The plain loop reads K once an iteration. With tol, over-relaxation or penalties the errors decide between the two
+// products of an iteration, and K is read twice.
+#pragma once
+#include "sinkhorn_shared_side.h"
+
+namespace otkd_fast {
+namespace OTKD_ISA {
+namespace {
+
+// scaling = 1 / sums where there is mass, 0 elsewhere; operand = mass scaling. (rows, L) each; operand may be sums.
+template <class S, int kVectors>
+OTKD_INLINE void divide_lanes(const S* sums, const S* mass, S* scaling, S* operand, int64_t rows, VecInt<S>* bad) {
+    const Vec<S> zero = {};
+    VecInt<S> out[kVectors] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int c = 0; c < kVectors; ++c) {
+            const int64_t k = (i * kVectors + c) * width<S>;
+            const Vec<S> sum = load(sums + k), own = load(mass + k);
+            const VecInt<S> used = own > zero;
+            out[c] |= used & ~((sum >= kSmallest<S>)&(sum <= kLargest<S>));
+            const Vec<S> inverse = used ? reciprocal<S>(sum) : zero;
+            store(scaling + k, inverse);
+            store(operand + k, own * inverse);
+        }
+    }
+    for (int c = 0; c < kVectors; ++c) bad[c] |= out[c];
+}
+
+template <class S, class T>
+class SharedForward : SharedSweep<S, T> {
+    using Base = SharedSweep<S, T>;
+    using Base::at_, Base::kernel_, Base::lanes_, Base::vectors_;
+
+  public:
+    // One object a thread; those of a team lie on the same memory.
+    SharedForward(const Block<S, T>& block, const SharedKernel<S, T>& kernel, Arena& arena, int threads)
+        : Base(kernel, arena, threads, block.lanes()), args_(block.args), block_(block), control_(block.args, block) {
+        const SinkhornSharedArgs<T>& args = block.args;
+        const int64_t lanes = lanes_;
+        const bool damped = args.penalty_a < kInfinite || args.penalty_b < kInfinite;
+        const bool derived = damped && (args.keep == Keep::all || args.keep == Keep::last_two);
+        plain_ = args.tol == 0 && args.relaxation == 1 && !damped;
+        rows_ = side(args.n, at_.n, kernel.shifts(), args.penalty_a, derived, arena);
+        columns_ = side(args.m, at_.m, nullptr, args.penalty_b, derived, arena);
+        v_ = arena.take<S>(at_.m * lanes);
+        u_ = arena.take<S>(plain_ ? 0 : at_.n * lanes);
+        totals_ = arena.take<double>(threads * kTotals * kMaxLanes);
+    }
+
+    // Solves the block; left[lane] tells which problems left the range. By all threads of the team.
+    void solve(const Team& team, unsigned char* left);
+
+  private:
+    enum Total { out_of_range, row_error, column_error, plan_mass, moved, dual, mass_a, mass_b, kTotals };
+
+    Side<S> side(int64_t size, int64_t padded, const S* shift, double penalty, bool derived, Arena& arena) const {
+        S *mass = arena.take<S>(padded * lanes_), *scaling = arena.take<S>(size * lanes_);
+        return {size, shift, mass, scaling, derived ? arena.take<S>(size * lanes_) : nullptr, penalty, args_.epsilon};
+    }
+    void divide(const S* sums, const S* mass, S* scaling, S* operand, int64_t rows, VecInt<S>* bad) const {
+        if (vectors_ == 1) return divide_lanes<S, 1>(sums, mass, scaling, operand, rows, bad);
+        divide_lanes<S, 2>(sums, mass, scaling, operand, rows, bad);
+    }
+    void start(const Team& team);
+    void start_columns();
+    void start_scalings(const Side<S>& side, const T* initial, double* out_of_range);
+    void iterate(const Team& team);
+    void iterate_with_options(const Team& team);
+    bool all_stopped(const Team& team, int64_t done);
+    void place_scalings(int64_t slot);
+    void keep_scalings(const Team& team, int64_t slot, bool running_only);
+    void keep_side(const Side<S>& side, int64_t begin, int64_t end, int64_t slot, bool running_only);
+    bool all_out_of_range(const Team& team, const VecInt<S>* bad);
+    void plan_sums(const Team& team);
+    void potentials(const Team& team);
+    void write(const Team& team) const;
+
+    double* own(const Team& team, Total total) const { return totals_ + (team.rank * kTotals + total) * kMaxLanes; }
+    double* cleared(const Team& team, Total total) const {
+        return static_cast<double*>(std::memset(own(team, total), 0, kMaxLanes * sizeof(double)));
+    }
+    double sum(const Team& team, Total total, int64_t lane) const {
+        double result = 0;
+        for (int r = 0; r < team.size; ++r) result += totals_[(r * kTotals + total) * kMaxLanes + lane];
+        return result;
+    }
+    void own_atoms(const Team& team, bool row_side, int64_t& begin, int64_t& end) const {
+        row_side ? this->rows_of(team, begin, end) : this->columns_of(team, begin, end);
+        const int64_t size = row_side ? args_.n : args_.m;
+        end = end < size ? end : size;
+    }
+
+    const SinkhornSharedArgs<T>& args_;
+    const Block<S, T> block_;
+    LaneControl control_;
+    bool plain_;
+    Side<S> rows_, columns_;
+    S *v_, *u_;       // v = b y (m, L); u = a x (n, L), where the iteration is not plain
+    double* totals_;  // (threads, kTotals, kMaxLanes)
+};
+
+template <class S, class T>
+void SharedForward<S, T>::start(const Team& team) {
+    if (team.rank == 0) block_.load_masses(args_.a, args_.n, rows_.mass);
+    if (team.rank == team.size - 1) {
+        block_.load_masses(args_.b, args_.m, columns_.mass);
+        start_columns();
+    }
+    for (int total = 0; total < kTotals; ++total) cleared(team, static_cast<Total>(total));
+    team.barrier();
+    if (!plain_ && team.rank == 0) {
+        start_scalings(rows_, args_.initial_f, own(team, out_of_range));
+        start_scalings(columns_, args_.initial_g, own(team, out_of_range));
+    }
+    team.barrier();
+}
+
+// v = exp(g / epsilon) on the support of b, 1 where no g is given or it is not finite; 0 in the padding.
+template <class S, class T>
+void SharedForward<S, T>::start_columns() {
+    std::memset(v_ + args_.m * lanes_, 0, (at_.m - args_.m) * lanes_ * sizeof(S));
+    if (args_.initial_g) block_.load(args_.initial_g, args_.m, args_.m, v_);
+    const Vec<double> zero = {}, one = splat(1.0);
+    for (int64_t k = 0; k < args_.m * lanes_; k += width<double>) {
+        const Vec<double> g = args_.initial_g ? load_double(v_ + k) / args_.epsilon : zero;
+        const VecInt<double> finite = (g < kInfinite) & (g > -kInfinite);
+        store_double(v_ + k, load_double(columns_.mass + k) > zero ? (finite ? exp_double(g) : one) : zero);
+    }
+}
+
+// Where plain iterations leave their scalings: in the kept slot if there is one, else in the object's own memory.
+template <class S, class T>
+void SharedForward<S, T>::place_scalings(int64_t slot) {
+    S* kept = block_.kept(slot);
+    if (!kept) return;
+    rows_.scaling = kept;
+    columns_.scaling = kept + args_.n * lanes_;
+}
+
+// Whether every problem of the block has left the range: the rest of the iterations would be for nothing.
+template <class S, class T>
+bool SharedForward<S, T>::all_out_of_range(const Team& team, const VecInt<S>* bad) {
+    double* counts = own(team, out_of_range);
+    for (int64_t lane = 0; lane < lanes_; ++lane) counts[lane] += bad[lane / width<S>][lane % width<S>] ? 1 : 0;
+    team.barrier();
+    for (int64_t lane = 0; lane < block_.count; ++lane) {
+        if (sum(team, out_of_range, lane) == 0) return false;
+    }
+    return true;
+}
+
+template <class S, class T>
+void SharedForward<S, T>::iterate(const Team& team) {
+    int64_t begin, end;
+    own_atoms(team, false, begin, end);
+    VecInt<S> bad[kMaxVectors] = {};
+    for (int64_t t = 0; t < args_.num_iters; ++t) {
+        const int64_t slot = args_.keep == Keep::all        ? t
+                             : args_.keep == Keep::last_two ? 1 - (args_.num_iters - 1 - t) % 2
+                                                            : 0;
+        place_scalings(slot);
+        this->sweep(team, kernel_.kernel(), v_, [&](int64_t row, int64_t rows, S* panel) {
+            const int64_t used = args_.n - row < rows ? args_.n - row : rows, k = row * lanes_;
+            divide(panel, rows_.mass + k, rows_.scaling + k, panel, used, bad);
+        });
+        const int64_t k = begin * lanes_;
+        divide(this->sums_ + k, columns_.mass + k, columns_.scaling + k, v_ + k, end - begin, bad);
+        if (t == 0 && all_out_of_range(team, bad)) return;
+        team.barrier();
+        if (args_.keep != Keep::nothing && !block_.kept(slot)) keep_scalings(team, slot, false);
+    }
+    all_out_of_range(team, bad);
+}
+
+// Row sums of the plan and <P, C - base>.
+template <class S, class T>
+void SharedForward<S, T>::plan_sums(const Team& team) {
+    int64_t begin, end;
+    own_atoms(team, true, begin, end);
+    S* panel = this->own_panel(team);
+    double *error = cleared(team, row_error), *mass = cleared(team, plan_mass), *cost = cleared(team, moved);
+    for_panels(begin, end, [&](int64_t row, int64_t rows) {
+        this->times(kernel_.kernel(), row, padded(rows), v_, panel);
+        add_errors(rows_, panel, lanes_, row, row + rows, error, mass);
+        this->times(kernel_.weighted(), row, padded(rows), v_, panel);
+        add_products(rows_, panel, lanes_, row, row + rows, cost);
+    });
+}
+
+template <class S, class T>
+void SharedForward<S, T>::potentials(const Team& team) {
+    S* panel = this->own_panel(team);
+    for (bool row_side : {true, false}) {
+        const Side<S>& side = row_side ? rows_ : columns_;
+        T* out = row_side ? args_.f : args_.g;
+        double* masses = own(team, row_side ? mass_a : mass_b);
+        int64_t begin, end;
+        own_atoms(team, row_side, begin, end);
+        for_panels(begin, end, [&](int64_t i, int64_t count) {
+            add_potentials(side, lanes_, i, i + count, panel, own(team, dual), masses);
+            block_.save(panel, side.size, count, out + i);
+        });
+    }
+}
+
+template <class S, class T>
+void SharedForward<S, T>::write(const Team& team) const {
+    const double eps = args_.epsilon;
+    for (int64_t lane = 0; lane < block_.count; ++lane) {
+        const int64_t p = block_.problem(lane);
+        const double a = sum(team, mass_a, lane), b = sum(team, mass_b, lane), plan = sum(team, plan_mass, lane);
+        const double nan_mass = 0 * (a + b);  // a mass that is NaN took no part: say so in the result
+        const double cost = sum(team, moved, lane) + static_cast<double>(kernel_.base()) * plan;
+        args_.transport_cost[p] = static_cast<T>(cost + nan_mass);
+        args_.regularized_cost[p] = static_cast<T>(sum(team, dual, lane) + eps * (a * b - plan));
+        args_.marginal_error[p] = static_cast<T>(sum(team, row_error, lane) + sum(team, column_error, lane) + nan_mass);
+        args_.iterations[p] = control_.iterations[lane];
+    }
+}
+
+template <class S, class T>
+void SharedForward<S, T>::solve(const Team& team, unsigned char* left) {
+    const FlushSubnormals flush;
+    start(team);
+    if (plain_) {
+        iterate(team);
+    } else {
+        iterate_with_options(team);
+    }
+    plan_sums(team);
+    potentials(team);
+    team.barrier();
+    if (team.rank == 0) {
+        write(team);
+        for (int64_t lane = 0; lane < block_.count; ++lane) left[lane] = sum(team, out_of_range, lane) > 0;
+    }
+    team.barrier();
+}
+
+}  // namespace
+}  // namespace OTKD_ISA
+}  // namespace otkd_fast
+
+#include "sinkhorn_shared_options.h"

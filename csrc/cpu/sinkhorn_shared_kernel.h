@@ -1,0 +1,124 @@
+// The kernel that all problems share, packed for the products of gemm.h: K_ij = exp((shift_i - C_ij) / epsilon) with shift_i
+// the smallest cost of row i, and where <P, C> is wanted W = K o (C - base), base the smallest cost of all.
+#pragma once
+#include "gemm.h"
+#include "otkd_fast/sinkhorn_shared.h"
+#include "sinkhorn_buffers.h"
+
+namespace otkd_fast {
+namespace OTKD_ISA {
+namespace {
+
+template <class S, class T>
+class SharedKernel {
+  public:
+    SharedKernel(const SinkhornSharedArgs<T>& args, bool weighted, Arena& arena, int threads)
+        : args_(args), packing_(args.n, args.m), exp_(1.0 / args.epsilon) {
+        kernel_ = arena.take<S>(packing_.entries());
+        weighted_ = arena.take<S>(weighted ? packing_.entries() : 0);
+        wanted_ = weighted;
+        shift_ = arena.take<S>(packing_.n);
+        reduction_.slots = arena.take<double>(threads * kSlots);
+    }
+
+    // By all threads together. False, and nothing packed, if (max - min of the finite costs) / epsilon exceeds `limit`:
+    // that bounds the exponents whatever the marginals are, and the cancellation between C / epsilon and the potentials.
+    bool start(const Team& team, double limit);
+
+    const Packing& packing() const { return packing_; }
+    const S* kernel() const { return kernel_; }
+    const S* weighted() const { return weighted_; }
+    const S* shifts() const { return shift_; }
+    S base() const { return base_; }
+    // K_ij of `count` columns from j on, row-major
+    Vec<S> row(int64_t i, int64_t j, int64_t count) const { return exp_(shift_[i] - cost(i, j, count)); }
+    // C_ij - base, 0 where it is infinite
+    Vec<S> excess(int64_t i, int64_t j, int64_t count) const { return finite(cost(i, j, count) - base_); }
+
+  private:
+    static constexpr S kInf = std::numeric_limits<S>::infinity();
+
+    static Vec<S> finite(Vec<S> x) { return x < kInf ? x : x != x ? x : Vec<S>{}; }
+    Vec<S> cost(int64_t i, int64_t j, int64_t count) const {
+        return LoadAs<S, T>::part(args_.cost + i * args_.m + j, count < width<S> ? count : width<S>, kInf);
+    }
+    void row_range(int64_t i, S& low, S& high);
+    void pack_group(int64_t row, int64_t column);
+
+    const SinkhornSharedArgs<T>& args_;
+    const Packing packing_;
+    const ScaledExp<S> exp_;
+    S *kernel_, *weighted_, *shift_;
+    bool wanted_;
+    S base_ = 0;
+    Reduction reduction_;
+};
+
+// The smallest cost of row i becomes its shift; low and high take in its smallest and its largest finite one.
+template <class S, class T>
+void SharedKernel<S, T>::row_range(int64_t i, S& low, S& high) {
+    Vec<S> least = splat(kInf), most = splat(-kInf);
+    for (int64_t j = 0; j < args_.m; j += width<S>) {
+        const Vec<S> c = cost(i, j, args_.m - j);
+        least = min<S>(c, least);
+        most = max<S>(c < kInf ? c : splat(-kInf), most);
+    }
+    const S own = -largest<S>(-least), own_high = largest<S>(most);
+    shift_[i] = own < kInf ? own : S(0);
+    low = own < low ? own : low;
+    high = own_high > high ? own_high : high;
+}
+
+// kTile rows from `row` on, the block of columns that begins at `column`.
+template <class S, class T>
+void SharedKernel<S, T>::pack_group(int64_t row, int64_t column) {
+    constexpr int64_t ld = kDepth + width<S>;
+    S kernel[kTile * ld], weighted[kTile * ld];
+    const int64_t depth = packing_.depth(column);
+    for (int64_t r = 0; r < kTile; ++r) {
+        for (int64_t j = 0; j < depth; j += width<S>) {
+            const int64_t count = row + r < args_.n ? args_.m - column - j : 0;
+            if (count <= 0) {
+                store(kernel + r * ld + j, Vec<S>{});
+                store(weighted + r * ld + j, Vec<S>{});
+                continue;
+            }
+            const Vec<S> k = this->row(row + r, column + j, count);
+            store(kernel + r * ld + j, k);
+            if (wanted_) store(weighted + r * ld + j, k * excess(row + r, column + j, count));
+        }
+    }
+    const int64_t to = packing_.group(row, column);
+    transpose(kernel, ld, kernel_ + to, int64_t{kTile}, int64_t{kTile}, depth);
+    if (wanted_) transpose(weighted, ld, weighted_ + to, int64_t{kTile}, int64_t{kTile}, depth);
+}
+
+template <class S, class T>
+bool SharedKernel<S, T>::start(const Team& team, double limit) {
+    int64_t begin, end;
+    split(packing_.n, kTile, team.size, team.rank, begin, end);
+    S low = kInf, high = -kInf;
+    for (int64_t i = begin; i < end; ++i) {
+        if (i < args_.n) {
+            row_range(i, low, high);
+        } else {
+            shift_[i] = 0;
+        }
+    }
+    reduction_.put(team, 0, -low);
+    reduction_.put(team, 1, high);
+    team.barrier();
+    const double least = -reduction_.max(team, 0), most = reduction_.max(team, 1);
+    if (team.rank == 0) base_ = least < kInf ? static_cast<S>(least) : S(0);
+    if (most > least && (most - least) / args_.epsilon > limit) return false;
+    team.barrier();
+    for (int64_t i = begin; i < end; i += kTile) {
+        for (int64_t j = 0; j < packing_.m; j += kDepth) pack_group(i, j);
+    }
+    team.barrier();
+    return true;
+}
+
+}  // namespace
+}  // namespace OTKD_ISA
+}  // namespace otkd_fast
