@@ -274,7 +274,36 @@ OTKD_INLINE Vec<double> ScaledExp<double>::operator()(Vec<double> d) const {
     return (Vec<double>)(~underflow & bits);
 }
 
-// log(x) for x > 0, error below one unit in the last place (the scheme of fdlibm); what it gives elsewhere means nothing.
+// 1 / x; x = 0 and infinite x may give NaN.
+template <class T>
+OTKD_INLINE Vec<T> reciprocal(Vec<T> x) {
+    return T(1) / x;
+}
+#if defined(__AVX512F__)
+template <>
+OTKD_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
+    const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);  // 14 bits, then one step of Newton
+    return y + y * (1.0f - x * y);
+}
+#endif
+
+// log(x) for x > 0, error about one unit in the last place (the scheme of fdlibm); what it gives elsewhere means nothing.
+OTKD_INLINE Vec<float> log(Vec<float> x) {
+    const VecInt<float> subnormal = x < std::numeric_limits<float>::min();
+    const Vec<float> normal = subnormal ? x * 33554432.0f : x;  // 2^25
+    const VecInt<float> bits = (VecInt<float>)normal;
+    const VecInt<float> exponent = (bits - 0x3F3504F3) >> 23;           // of x / sqrt(1/2)
+    const Vec<float> f = (Vec<float>)(bits - (exponent << 23)) - 1.0f;  // in [sqrt(1/2) - 1, sqrt(2) - 1)
+    Vec<float> k = (Vec<float>)(exponent + 0x4B400000) - 12582912.0f;
+    k = subnormal ? k - 25.0f : k;
+    const Vec<float> s = f * reciprocal<float>(2.0f + f), z = s * s, half = 0.5f * f * f;
+    Vec<float> p = splat(0.24279078841f);
+    p = p * z + 0.28498786688f;
+    p = p * z + 0.40000972152f;
+    p = p * z + 0.66666662693f;
+    return k * 6.9313812256e-01f - ((half - (s * (half + z * p) + k * 9.0580006145e-06f)) - f);
+}
+
 OTKD_INLINE Vec<double> log(Vec<double> x) {
     const VecInt<double> subnormal = x < std::numeric_limits<double>::min();
     const Vec<double> normal = subnormal ? x * 18014398509481984.0 : x;  // 2^54
@@ -293,19 +322,6 @@ OTKD_INLINE Vec<double> log(Vec<double> x) {
     p = p * z + 6.666666666666735130e-01;
     return k * 6.93147180369123816490e-01 - ((half - (s * (half + z * p) + k * 1.90821492927058770002e-10)) - f);
 }
-
-// 1 / x; x = 0 and infinite x may give NaN.
-template <class T>
-OTKD_INLINE Vec<T> reciprocal(Vec<T> x) {
-    return T(1) / x;
-}
-#if defined(__AVX512F__)
-template <>
-OTKD_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
-    const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);  // 14 bits, then one step of Newton
-    return y + y * (1.0f - x * y);
-}
-#endif
 
 // While it lives, results below the smallest normal number are 0: on x86-64 each of them costs a hundred times a sum.
 class FlushSubnormals {

@@ -34,7 +34,7 @@ class SharedSolver {
     int64_t forward() const {
         Arena arena{args_.workspace};
         unsigned char* left = arena.take<unsigned char>(blocks_ * lanes_);
-        SharedKernel<S, T> kernel(args_, true, arena, threads_);
+        SharedKernel<S, T> kernel(args_, arena, threads_);
         bool in_range = true;
         parallel(threads_, [&](const Team& team) {
             if (!kernel.start(team, sizeof(S) == 4 ? kFloatRange : kDoubleRange)) {
@@ -55,7 +55,7 @@ class SharedSolver {
     int64_t bytes(bool) const {
         Arena arena{nullptr};
         arena.take<unsigned char>(blocks_ * lanes_);
-        const SharedKernel<S, T> kernel(args_, true, arena, threads_);
+        const SharedKernel<S, T> kernel(args_, arena, threads_);
         return arena.used + std::max(threads_ * block_bytes<SharedForward<S, T>>(kernel, 1),
                                      block_bytes<SharedForward<S, T>>(kernel, threads_));
     }

@@ -93,6 +93,7 @@ class SharedSweep {
         : kernel_(kernel), at_(kernel.packing()), lanes_(lanes), vectors_(static_cast<int>(lanes / width<S>)) {
         sums_ = arena.take<S>(threads * at_.m * lanes);
         panel_ = arena.take<S>(threads * kPanel * lanes);
+        weighted_ = arena.take<S>(threads * kernel.panel_entries());
     }
 
   protected:
@@ -103,29 +104,30 @@ class SharedSweep {
         split(at_.m, 1, team.size, team.rank, begin, end);
     }
     S* own_panel(const Team& team) const { return panel_ + team.rank * kPanel * lanes_; }
+    S* own_weighted(const Team& team) const { return weighted_ + team.rank * kernel_.panel_entries(); }
     S* own_sums(const Team& team) const { return sums_ + team.rank * at_.m * lanes_; }
 
-    // out (rows, L) = K x
-    void times(const S* packed, int64_t row, int64_t rows, const S* x, S* out) const {
-        if (vectors_ == 1) return rows_times<S, 1>(packed, at_, row, rows, x, out);
-        rows_times<S, 2>(packed, at_, row, rows, x, out);
+    // out (rows, L) = the rows of a panel of K or W times x
+    void times(const S* panel, int64_t row, int64_t rows, const S* x, S* out) const {
+        if (vectors_ == 1) return rows_times<S, 1>(panel, at_, row, rows, x, out);
+        rows_times<S, 2>(panel, at_, row, rows, x, out);
     }
-    // out (m, L) = or += K^T x of these rows
-    void transposed_times(const S* packed, int64_t row, int64_t rows, const S* x, S* out, bool add) const {
-        if (vectors_ == 1) return rows_transposed_times<S, 1>(packed, at_, row, rows, x, out, add);
-        rows_transposed_times<S, 2>(packed, at_, row, rows, x, out, add);
+    // out (m, L) = or += the transpose of the rows of a panel times x
+    void transposed_times(const S* panel, int64_t row, int64_t rows, const S* x, S* out, bool add) const {
+        if (vectors_ == 1) return rows_transposed_times<S, 1>(panel, at_, row, rows, x, out, add);
+        rows_transposed_times<S, 2>(panel, at_, row, rows, x, out, add);
     }
-    // One read of the matrix: for each panel s = K x, step(row, rows, s) makes the operand of the transpose of it in
-    // place, sums (m, L) += K^T s.
+    // One read of K: for each panel s = K x, step(row, rows, s) makes the operand of the transpose of it in place,
+    // sums (m, L) += K^T s.
     template <class Step>
-    void sweep(const Team& team, const S* packed, const S* x, Step step) const {
+    void sweep(const Team& team, const S* x, Step step) const {
         int64_t begin, end;
         rows_of(team, begin, end);
-        S *panel = own_panel(team), *sums = own_sums(team);
+        S *s = own_panel(team), *sums = own_sums(team);
         for_panels(begin, end, [&](int64_t row, int64_t rows) {
-            times(packed, row, rows, x, panel);
-            step(row, rows, panel);
-            transposed_times(packed, row, rows, panel, sums, row > begin);
+            times(kernel_.panel(row), row, rows, x, s);
+            step(row, rows, s);
+            transposed_times(kernel_.panel(row), row, rows, s, sums, row > begin);
         });
         finish_sums(team, begin == end);
     }
@@ -149,7 +151,7 @@ class SharedSweep {
     const Packing& at_;
     const int64_t lanes_;
     const int vectors_;
-    S *sums_, *panel_;
+    S *sums_, *panel_, *weighted_;  // each thread: K^T u (m, L), a panel of sums or operands (kPanel, L), a panel of W
 };
 
 }  // namespace

@@ -11,23 +11,44 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
-// scaling = 1 / sums where there is mass, 0 elsewhere; operand = mass scaling. (rows, L) each; operand may be sums.
+// The smallest and the largest sum of each lane.
+template <class S>
+struct SumRange {
+    Vec<S> low[kMaxVectors], high[kMaxVectors];
+    SumRange() {
+        for (int c = 0; c < kMaxVectors; ++c) low[c] = high[c] = splat(S(1));
+    }
+    bool left(int64_t lane) const {
+        const int64_t c = lane / width<S>, w = lane % width<S>;
+        return low[c][w] < kSmallest<S> || high[c][w] > kLargest<S>;
+    }
+};
+
+// scaling = 1 / sums where there is mass, 0 elsewhere; operand = mass scaling. (rows, L) each; operand may be
+// sums, scaling null.
 template <class S, int kVectors>
-OTKD_INLINE void divide_lanes(const S* sums, const S* mass, S* scaling, S* operand, int64_t rows, VecInt<S>* bad) {
-    const Vec<S> zero = {};
-    VecInt<S> out[kVectors] = {};
+OTKD_INLINE void divide_lanes(const S* sums, const S* mass, S* scaling, S* operand, int64_t rows, SumRange<S>& range) {
+    const Vec<S> zero = {}, one = splat(S(1));
+    Vec<S> low[kVectors], high[kVectors];
+    for (int c = 0; c < kVectors; ++c) {
+        low[c] = range.low[c];
+        high[c] = range.high[c];
+    }
     for (int64_t i = 0; i < rows; ++i) {
         for (int c = 0; c < kVectors; ++c) {
             const int64_t k = (i * kVectors + c) * width<S>;
-            const Vec<S> sum = load(sums + k), own = load(mass + k);
-            const VecInt<S> used = own > zero;
-            out[c] |= used & ~((sum >= kSmallest<S>)&(sum <= kLargest<S>));
-            const Vec<S> inverse = used ? reciprocal<S>(sum) : zero;
-            store(scaling + k, inverse);
-            store(operand + k, own * inverse);
+            const Vec<S> own = load(mass + k), sum = own > zero ? load(sums + k) : one;
+            low[c] = min<S>(sum, low[c]);
+            high[c] = max<S>(sum, high[c]);
+            const Vec<S> inverse = own > zero ? reciprocal<S>(sum) : zero;
+            if (scaling) store(scaling + k, inverse);
+            store(operand + k, own > zero ? own * inverse : zero);
         }
     }
-    for (int c = 0; c < kVectors; ++c) bad[c] |= out[c];
+    for (int c = 0; c < kVectors; ++c) {
+        range.low[c] = low[c];
+        range.high[c] = high[c];
+    }
 }
 
 template <class S, class T>
@@ -61,9 +82,9 @@ class SharedForward : SharedSweep<S, T> {
         S *mass = arena.take<S>(padded * lanes_), *scaling = arena.take<S>(size * lanes_);
         return {size, shift, mass, scaling, derived ? arena.take<S>(size * lanes_) : nullptr, penalty, args_.epsilon};
     }
-    void divide(const S* sums, const S* mass, S* scaling, S* operand, int64_t rows, VecInt<S>* bad) const {
-        if (vectors_ == 1) return divide_lanes<S, 1>(sums, mass, scaling, operand, rows, bad);
-        divide_lanes<S, 2>(sums, mass, scaling, operand, rows, bad);
+    void divide(const S* sums, const S* mass, S* scaling, S* operand, int64_t rows, SumRange<S>& range) const {
+        if (vectors_ == 1) return divide_lanes<S, 1>(sums, mass, scaling, operand, rows, range);
+        divide_lanes<S, 2>(sums, mass, scaling, operand, rows, range);
     }
     void start(const Team& team);
     void start_columns();
@@ -74,7 +95,7 @@ class SharedForward : SharedSweep<S, T> {
     void place_scalings(int64_t slot);
     void keep_scalings(const Team& team, int64_t slot, bool running_only);
     void keep_side(const Side<S>& side, int64_t begin, int64_t end, int64_t slot, bool running_only);
-    bool all_out_of_range(const Team& team, const VecInt<S>* bad);
+    bool all_out_of_range(const Team& team, const SumRange<S>& range);
     void plan_sums(const Team& team);
     void potentials(const Team& team);
     void write(const Team& team) const;
@@ -143,9 +164,9 @@ void SharedForward<S, T>::place_scalings(int64_t slot) {
 
 // Whether every problem of the block has left the range: the rest of the iterations would be for nothing.
 template <class S, class T>
-bool SharedForward<S, T>::all_out_of_range(const Team& team, const VecInt<S>* bad) {
+bool SharedForward<S, T>::all_out_of_range(const Team& team, const SumRange<S>& range) {
     double* counts = own(team, out_of_range);
-    for (int64_t lane = 0; lane < lanes_; ++lane) counts[lane] += bad[lane / width<S>][lane % width<S>] ? 1 : 0;
+    for (int64_t lane = 0; lane < lanes_; ++lane) counts[lane] += range.left(lane) ? 1 : 0;
     team.barrier();
     for (int64_t lane = 0; lane < block_.count; ++lane) {
         if (sum(team, out_of_range, lane) == 0) return false;
@@ -157,23 +178,25 @@ template <class S, class T>
 void SharedForward<S, T>::iterate(const Team& team) {
     int64_t begin, end;
     own_atoms(team, false, begin, end);
-    VecInt<S> bad[kMaxVectors] = {};
+    SumRange<S> range;
     for (int64_t t = 0; t < args_.num_iters; ++t) {
         const int64_t slot = args_.keep == Keep::all        ? t
                              : args_.keep == Keep::last_two ? 1 - (args_.num_iters - 1 - t) % 2
                                                             : 0;
+        const bool wanted = args_.keep == Keep::all || args_.num_iters - t <= 2;
         place_scalings(slot);
-        this->sweep(team, kernel_.kernel(), v_, [&](int64_t row, int64_t rows, S* panel) {
+        this->sweep(team, v_, [&](int64_t row, int64_t rows, S* panel) {
             const int64_t used = args_.n - row < rows ? args_.n - row : rows, k = row * lanes_;
-            divide(panel, rows_.mass + k, rows_.scaling + k, panel, used, bad);
+            divide(panel, rows_.mass + k, wanted ? rows_.scaling + k : nullptr, panel, used, range);
         });
         const int64_t k = begin * lanes_;
-        divide(this->sums_ + k, columns_.mass + k, columns_.scaling + k, v_ + k, end - begin, bad);
-        if (t == 0 && all_out_of_range(team, bad)) return;
+        S* scaling = wanted ? columns_.scaling + k : nullptr;
+        divide(this->sums_ + k, columns_.mass + k, scaling, v_ + k, end - begin, range);
+        if (t == 0 && all_out_of_range(team, range)) return;
         team.barrier();
-        if (args_.keep != Keep::nothing && !block_.kept(slot)) keep_scalings(team, slot, false);
+        if (wanted && args_.keep != Keep::nothing && !block_.kept(slot)) keep_scalings(team, slot, false);
     }
-    all_out_of_range(team, bad);
+    all_out_of_range(team, range);
 }
 
 // Row sums of the plan and <P, C - base>.
@@ -181,12 +204,13 @@ template <class S, class T>
 void SharedForward<S, T>::plan_sums(const Team& team) {
     int64_t begin, end;
     own_atoms(team, true, begin, end);
-    S* panel = this->own_panel(team);
+    S *panel = this->own_panel(team), *weighted = this->own_weighted(team);
     double *error = cleared(team, row_error), *mass = cleared(team, plan_mass), *cost = cleared(team, moved);
     for_panels(begin, end, [&](int64_t row, int64_t rows) {
-        this->times(kernel_.kernel(), row, padded(rows), v_, panel);
+        this->times(kernel_.panel(row), row, padded(rows), v_, panel);
         add_errors(rows_, panel, lanes_, row, row + rows, error, mass);
-        this->times(kernel_.weighted(), row, padded(rows), v_, panel);
+        kernel_.weigh(row, padded(rows), weighted);
+        this->times(weighted, row, padded(rows), v_, panel);
         add_products(rows_, panel, lanes_, row, row + rows, cost);
     });
 }
@@ -236,7 +260,10 @@ void SharedForward<S, T>::solve(const Team& team, unsigned char* left) {
     team.barrier();
     if (team.rank == 0) {
         write(team);
-        for (int64_t lane = 0; lane < block_.count; ++lane) left[lane] = sum(team, out_of_range, lane) > 0;
+        for (int64_t lane = 0; lane < block_.count; ++lane) {
+            const double nan = 0 * (sum(team, row_error, lane) + sum(team, moved, lane));  // of a NaN in the cost
+            left[lane] = sum(team, out_of_range, lane) > 0 || nan != 0;
+        }
     }
     team.barrier();
 }

@@ -1,5 +1,5 @@
 // The kernel that all problems share, packed for the products of gemm.h: K_ij = exp((shift_i - C_ij) / epsilon) with shift_i
-// the smallest cost of row i, and where <P, C> is wanted W = K o (C - base), base the smallest cost of all.
+// the smallest cost of row i; and a panel at a time W = K o (C - base), base the smallest cost of all.
 #pragma once
 #include "gemm.h"
 #include "otkd_fast/sinkhorn_shared.h"
@@ -12,11 +12,9 @@ namespace {
 template <class S, class T>
 class SharedKernel {
   public:
-    SharedKernel(const SinkhornSharedArgs<T>& args, bool weighted, Arena& arena, int threads)
+    SharedKernel(const SinkhornSharedArgs<T>& args, Arena& arena, int threads)
         : args_(args), packing_(args.n, args.m), exp_(1.0 / args.epsilon) {
-        kernel_ = arena.take<S>(packing_.entries());
-        weighted_ = arena.take<S>(weighted ? packing_.entries() : 0);
-        wanted_ = weighted;
+        kernel_ = arena.take<S>(packing_.entries() + kSlack);
         shift_ = arena.take<S>(packing_.n);
         reduction_.slots = arena.take<double>(threads * kSlots);
     }
@@ -26,8 +24,10 @@ class SharedKernel {
     bool start(const Team& team, double limit);
 
     const Packing& packing() const { return packing_; }
-    const S* kernel() const { return kernel_; }
-    const S* weighted() const { return weighted_; }
+    const S* panel(int64_t row) const { return kernel_ + packing_.panel(row); }
+    int64_t panel_entries() const { return kPanel * packing_.m + kSlack; }
+    // The rows [row, row + rows) of one panel of W, in a panel of memory.
+    void weigh(int64_t row, int64_t rows, S* panel) const;
     const S* shifts() const { return shift_; }
     S base() const { return base_; }
     // K_ij of `count` columns from j on, row-major
@@ -37,6 +37,7 @@ class SharedKernel {
 
   private:
     static constexpr S kInf = std::numeric_limits<S>::infinity();
+    static constexpr int64_t kSlack = kTile + width<S>;  // entries that whole vectors may touch behind the last one
 
     static Vec<S> finite(Vec<S> x) { return x < kInf ? x : x != x ? x : Vec<S>{}; }
     Vec<S> cost(int64_t i, int64_t j, int64_t count) const {
@@ -44,12 +45,12 @@ class SharedKernel {
     }
     void row_range(int64_t i, S& low, S& high);
     void pack_group(int64_t row, int64_t column);
+    void weigh_group(int64_t row, int64_t column, S* panel) const;
 
     const SinkhornSharedArgs<T>& args_;
     const Packing packing_;
     const ScaledExp<S> exp_;
-    S *kernel_, *weighted_, *shift_;
-    bool wanted_;
+    S *kernel_, *shift_;
     S base_ = 0;
     Reduction reduction_;
 };
@@ -72,25 +73,46 @@ void SharedKernel<S, T>::row_range(int64_t i, S& low, S& high) {
 // kTile rows from `row` on, the block of columns that begins at `column`.
 template <class S, class T>
 void SharedKernel<S, T>::pack_group(int64_t row, int64_t column) {
-    constexpr int64_t ld = kDepth + width<S>;
-    S kernel[kTile * ld], weighted[kTile * ld];
+    S entries[kDepth + width<S>];
     const int64_t depth = packing_.depth(column);
-    for (int64_t r = 0; r < kTile; ++r) {
+    S* to = kernel_ + packing_.panel(row) + packing_.group(row, column);
+    for (int64_t r = 0; r < kTile; ++r, to += kTile) {
+        const int64_t columns = row + r < args_.n ? args_.m - column : 0;
         for (int64_t j = 0; j < depth; j += width<S>) {
-            const int64_t count = row + r < args_.n ? args_.m - column - j : 0;
-            if (count <= 0) {
-                store(kernel + r * ld + j, Vec<S>{});
-                store(weighted + r * ld + j, Vec<S>{});
-                continue;
-            }
-            const Vec<S> k = this->row(row + r, column + j, count);
-            store(kernel + r * ld + j, k);
-            if (wanted_) store(weighted + r * ld + j, k * excess(row + r, column + j, count));
+            store(entries + j, j < columns ? this->row(row + r, column + j, columns - j) : Vec<S>{});
+        }
+        for (int64_t j = 0; j < depth; j += kTile) std::memcpy(to + j * kTile, entries + j, kTile * sizeof(S));
+    }
+}
+
+template <class S, class T>
+void SharedKernel<S, T>::weigh(int64_t row, int64_t rows, S* panel) const {
+    for (int64_t column = 0; column < packing_.m; column += kDepth) {
+        for (int64_t i = row; i < row + rows; i += kTile) weigh_group(i, column, panel);
+    }
+}
+
+template <class S, class T>
+void SharedKernel<S, T>::weigh_group(int64_t row, int64_t column, S* panel) const {
+    constexpr int64_t ld = kDepth + kTile + width<S>;
+    S excess[kTile * ld];
+    const int64_t depth = packing_.depth(column), group = packing_.group(row, column);
+    for (int64_t r = 0; r < kTile; ++r) {
+        const int64_t columns = row + r < args_.n ? args_.m - column : 0;
+        for (int64_t j = 0; j < depth; j += width<S>) {
+            store(excess + r * ld + j, j < columns ? this->excess(row + r, column + j, columns - j) : Vec<S>{});
         }
     }
-    const int64_t to = packing_.group(row, column);
-    transpose(kernel, ld, kernel_ + to, int64_t{kTile}, int64_t{kTile}, depth);
-    if (wanted_) transpose(weighted, ld, weighted_ + to, int64_t{kTile}, int64_t{kTile}, depth);
+    const S* kernel = this->panel(row) + group;
+    S* to = panel + group;
+    for (int64_t j = 0; j < depth; j += kTile) {
+        for (int64_t r = 0; r < kTile; ++r, kernel += kTile, to += kTile) {
+            for (int64_t w = 0; w < kTile; w += width<S>) {
+                // in the order of memory: what a vector writes too much the next one writes over
+                store(to + w, load(kernel + w) * load(excess + r * ld + j + w));
+            }
+        }
+    }
 }
 
 template <class S, class T>

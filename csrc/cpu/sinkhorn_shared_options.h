@@ -71,11 +71,10 @@ void SharedForward<S, T>::iterate_with_options(const Team& team) {
     int64_t row0, row1, column0, column1;
     own_atoms(team, true, row0, row1);
     own_atoms(team, false, column0, column1);
-    const S* kernel = kernel_.kernel();
     double* bad = own(team, out_of_range);
     for (int64_t done = 0; done < args_.num_iters; ++done) {
         for_panels(row0, row1, [&](int64_t row, int64_t rows) {
-            this->times(kernel, row, padded(rows), v_, u_ + row * lanes_);
+            this->times(kernel_.panel(row), row, padded(rows), v_, u_ + row * lanes_);
         });
         if (done > 0 && control_.wants_error(done)) {
             double *error = cleared(team, row_error), *mass = cleared(team, plan_mass);
@@ -87,7 +86,7 @@ void SharedForward<S, T>::iterate_with_options(const Team& team) {
         update_side(rows_, u_, u_, lanes_, row0, row1, control_, bad);
         for_panels(row0, row1, [&](int64_t row, int64_t rows) {
             const S* u = u_ + row * lanes_;
-            this->transposed_times(kernel, row, padded(rows), u, this->own_sums(team), row > row0);
+            this->transposed_times(kernel_.panel(row), row, padded(rows), u, this->own_sums(team), row > row0);
         });
         this->finish_sums(team, row0 >= row1);
         update_side(columns_, this->sums_, v_, lanes_, column0, column1, control_, bad);

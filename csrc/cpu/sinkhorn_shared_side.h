@@ -146,23 +146,33 @@ void add_products(const Side<S>& side, const S* sums, int64_t lanes, int64_t beg
     }
 }
 
-// out = f of atoms [begin, end), -inf without mass. Adds to each lane their part of the dual value, <a, f'> or
-// penalty <a, 1 - exp(-f' / penalty)>, and their masses.
+// What a unit of mass of an atom adds to the dual value: f', or penalty (1 - exp(-f' / penalty)).
+template <class S>
+OTKD_INLINE Vec<S> density(const Side<S>& side, Vec<S> relative) {
+    if (side.constrained()) return relative;
+    Vec<S> value;
+    for (int w = 0; w < width<S>; ++w) value[w] = static_cast<S>(-side.penalty * std::expm1(-relative[w] / side.penalty));
+    return value;
+}
+
+// out = f of at most a panel of atoms [begin, end), -inf without mass. Adds to each lane their part of the dual value,
+// <a, f'> or penalty <a, 1 - exp(-f' / penalty)>, and their masses.
 template <class S>
 void add_potentials(const Side<S>& side, int64_t lanes, int64_t begin, int64_t end, S* out, double* dual, double* masses) {
-    const Vec<double> zero = {};
-    for (int64_t i = begin; i < end; ++i, out += lanes) {
-        for (int64_t lane = 0; lane < lanes; lane += width<double>) {
-            const Vec<double> mass = load_double(side.mass + i * lanes + lane);
-            const Vec<double> relative = side.relative(i, load_double(side.scaling + i * lanes + lane));
-            const VecInt<double> used = mass > zero;
-            Vec<double> density = side.epsilon * relative;
-            for (int w = 0; w < width<double> && !side.constrained(); ++w) {
-                density[w] = -side.penalty * std::expm1(-density[w] / side.penalty);
-            }
-            store_double(out + lane, used ? side.epsilon * (relative + log(mass)) : splat(-kInfinite));
-            add_to(dual + lane, used ? mass * density : zero);
-            add_to(masses + lane, mass);
+    const Vec<S> zero = {}, eps = splat(static_cast<S>(side.epsilon));
+    for (int64_t lane = 0; lane < lanes; lane += width<S>) {
+        Vec<S> value = {}, total = {};
+        for (int64_t i = begin; i < end; ++i) {
+            const Vec<S> mass = load(side.mass + i * lanes + lane), x = load(side.scaling + i * lanes + lane);
+            const Vec<S> relative = eps * log(x) + static_cast<S>(side.shift_of(i));
+            const VecInt<S> used = mass > zero;
+            store(out + (i - begin) * lanes + lane, used ? relative + eps * log(mass) : splat(static_cast<S>(-kInfinite)));
+            value += used ? mass * density(side, relative) : zero;
+            total += mass;
+        }
+        for (int w = 0; w < width<S>; ++w) {
+            dual[lane + w] += value[w];
+            masses[lane + w] += total[w];
         }
     }
 }

@@ -95,7 +95,7 @@ def _fwd_cpu(
     parts = _History(history, cost, batch, num_iters, keep) if keep else None
     if batch > FEW:
         left = _solve(outputs, parts, cost, a, b, initial_f, initial_g, *options)
-    for chunk in left.split(max(1, CHUNK_ENTRIES // cost.numel())):
+    for chunk in left.split(max(1, CHUNK_ENTRIES // cost.numel())) if len(left) else ():
         _solve_dense(outputs, parts, chunk, (cost, a, b, initial_f, initial_g), options)
     if keep:
         parts.num_iters.copy_(count)
