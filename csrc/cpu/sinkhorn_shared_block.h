@@ -16,10 +16,9 @@ template <class S>
 constexpr S kLargest = sizeof(S) == 4 ? S(1e25) : S(1e200);
 
 constexpr int64_t kMaxLanes = kMaxVectors * width<float>;
-constexpr double kInfinite = std::numeric_limits<double>::infinity();
 
 inline int64_t kept_slots(Keep keep, int64_t num_iters) {
-    return keep == Keep::all ? num_iters : keep == Keep::last_two ? 2 : keep == Keep::last ? 1 : 0;
+    return keep == Keep::all ? num_iters : keep == Keep::last_step ? 2 : keep == Keep::last ? 1 : 0;
 }
 
 // Problems [first, first + count) of those that a call solves.

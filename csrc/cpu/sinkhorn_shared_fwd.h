@@ -62,8 +62,8 @@ class SharedForward : SharedSweep<S, T> {
         : Base(kernel, arena, threads, block.lanes()), args_(block.args), block_(block), control_(block.args, block) {
         const SinkhornSharedArgs<T>& args = block.args;
         const int64_t lanes = lanes_;
-        const bool damped = args.penalty_a < kInfinite || args.penalty_b < kInfinite;
-        const bool derived = damped && (args.keep == Keep::all || args.keep == Keep::last_two);
+        const bool damped = args.penalty_a < kInfinity || args.penalty_b < kInfinity;
+        const bool derived = damped && (args.keep == Keep::all || args.keep == Keep::last_step);
         plain_ = args.tol == 0 && args.relaxation == 1 && !damped;
         rows_ = side(args.n, at_.n, kernel.shifts(), args.penalty_a, derived, arena);
         columns_ = side(args.m, at_.m, nullptr, args.penalty_b, derived, arena);
@@ -148,7 +148,7 @@ void SharedForward<S, T>::start_columns() {
     const Vec<double> zero = {}, one = splat(1.0);
     for (int64_t k = 0; k < args_.m * lanes_; k += width<double>) {
         const Vec<double> g = args_.initial_g ? load_double(v_ + k) / args_.epsilon : zero;
-        const VecInt<double> finite = (g < kInfinite) & (g > -kInfinite);
+        const VecInt<double> finite = (g < kInfinity) & (g > -kInfinity);
         store_double(v_ + k, load_double(columns_.mass + k) > zero ? (finite ? exp_double(g) : one) : zero);
     }
 }
@@ -181,7 +181,7 @@ void SharedForward<S, T>::iterate(const Team& team) {
     SumRange<S> range;
     for (int64_t t = 0; t < args_.num_iters; ++t) {
         const int64_t slot = args_.keep == Keep::all        ? t
-                             : args_.keep == Keep::last_two ? 1 - (args_.num_iters - 1 - t) % 2
+                             : args_.keep == Keep::last_step ? 1 - (args_.num_iters - 1 - t) % 2
                                                             : 0;
         const bool wanted = args_.keep == Keep::all || args_.num_iters - t <= 2;
         place_scalings(slot);

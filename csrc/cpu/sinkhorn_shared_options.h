@@ -18,7 +18,7 @@ void SharedForward<S, T>::start_scalings(const Side<S>& side, const T* initial, 
         for (int64_t lane = 0; lane < lanes_; lane += width<double>) {
             const int64_t k = i * lanes_ + lane;
             const Vec<double> mass = load_double(side.mass + k), f = initial ? load_double(side.scaling + k) : zero;
-            const Vec<double> potential = (f < kInfinite) & (f > -kInfinite) ? f : zero;
+            const Vec<double> potential = (f < kInfinity) & (f > -kInfinity) ? f : zero;
             const Vec<double> x = exp_double((potential - side.shift_of(i)) / side.epsilon - log(mass));
             const VecInt<double> used = (mass > zero) & (splat(control_.relaxed ? 1.0 : 0.0) > zero);
             const VecInt<double> lost = used & ~((x >= double{kSmallest<S>}) & (x <= double{kLargest<S>}));
@@ -82,7 +82,7 @@ void SharedForward<S, T>::iterate_with_options(const Team& team) {
             team.barrier();
             if (all_stopped(team, done)) break;
         }
-        if (done > 0 && args_.keep == Keep::last_two) keep_scalings(team, 0, true);
+        if (done > 0 && args_.keep == Keep::last_step) keep_scalings(team, 0, true);
         update_side(rows_, u_, u_, lanes_, row0, row1, control_, bad);
         for_panels(row0, row1, [&](int64_t row, int64_t rows) {
             const S* u = u_ + row * lanes_;
@@ -96,7 +96,7 @@ void SharedForward<S, T>::iterate_with_options(const Team& team) {
         if (args_.keep == Keep::all) keep_scalings(team, done, false);
     }
     if (args_.keep == Keep::last) keep_scalings(team, 0, false);
-    if (args_.keep == Keep::last_two) keep_scalings(team, 1, false);
+    if (args_.keep == Keep::last_step) keep_scalings(team, 1, false);
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ OTKD_INLINE void add_to(double* p, Vec<double> v) { store(p, load(p) + v); }
 // exp(x), infinite from 709 on.
 OTKD_INLINE Vec<double> exp_double(Vec<double> x) {
     const ScaledExp<double> exp(1.0);
-    return x > 709.0 ? splat(kInfinite) : exp(x > 709.0 ? splat(0.0) : x);
+    return x > 709.0 ? splat(kInfinity) : exp(x > 709.0 ? splat(0.0) : x);
 }
 
 template <class S>
@@ -36,7 +36,7 @@ struct Side {
     S* inverse;      // 1 / s, which the derivative of a damped update needs; null where it is not kept
     double penalty, epsilon;
 
-    bool constrained() const { return penalty == kInfinite; }
+    bool constrained() const { return penalty == kInfinity; }
     double damping() const { return constrained() ? 1.0 : penalty / (penalty + epsilon); }
     double shift_of(int64_t i) const { return shift ? static_cast<double>(shift[i]) : 0.0; }
     // f' / epsilon of scalings x of atom i
@@ -166,7 +166,7 @@ void add_potentials(const Side<S>& side, int64_t lanes, int64_t begin, int64_t e
             const Vec<S> mass = load(side.mass + i * lanes + lane), x = load(side.scaling + i * lanes + lane);
             const Vec<S> relative = eps * log(x) + static_cast<S>(side.shift_of(i));
             const VecInt<S> used = mass > zero;
-            store(out + (i - begin) * lanes + lane, used ? relative + eps * log(mass) : splat(static_cast<S>(-kInfinite)));
+            store(out + (i - begin) * lanes + lane, used ? relative + eps * log(mass) : splat(static_cast<S>(-kInfinity)));
             value += used ? mass * density(side, relative) : zero;
             total += mass;
         }

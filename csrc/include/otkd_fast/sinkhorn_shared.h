@@ -7,10 +7,6 @@
 
 namespace otkd_fast {
 
-// What of the iterations is kept for the backward: nothing, the last scalings, those of every iteration, or those of the
-// last two.
-enum class Keep : int { nothing = 0, last = 1, all = 2, last_two = 3 };
-
 template <class T>
 struct SinkhornSharedArgs {
     const T* cost;              // (n, m), +inf allowed
