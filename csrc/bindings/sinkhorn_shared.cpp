@@ -11,7 +11,7 @@ struct SharedCall {
     int64_t batch = 0, n = 0, m = 0, count = 0, num_iters = 0, apart_stride = 0;
     double epsilon = 0, tol = 0, relaxation = 1, penalty_a = 0, penalty_b = 0;
     Address cost = 0, a = 0, b = 0, initial_f = 0, initial_g = 0, problems = 0, workspace = 0;
-    Address blocks = 0, apart = 0, iterations = 0, left = 0;
+    Address blocks = 0, apart = 0, iterations = 0, methods = 0, left = 0;
     Address transport_cost = 0, regularized_cost = 0, f = 0, g = 0, marginal_error = 0;
     Address grad_transport_cost = 0, grad_regularized_cost = 0, grad_f = 0, grad_g = 0;
     Address grad_cost = 0, grad_a = 0, grad_b = 0;
@@ -22,7 +22,7 @@ struct SharedCall {
                 pointer<int64_t>(problems), pointer<unsigned char>(workspace), batch, n, m, count, num_iters,
                 static_cast<Method>(method), static_cast<Keep>(keep), epsilon, tol, relaxation, penalty_a, penalty_b,
                 threads, pointer<T>(blocks), pointer<double>(apart), apart_stride, pointer<int64_t>(iterations),
-                pointer<int64_t>(left), pointer<T>(transport_cost), pointer<T>(regularized_cost), pointer<T>(f),
+                pointer<double>(methods), pointer<int64_t>(left), pointer<T>(transport_cost), pointer<T>(regularized_cost), pointer<T>(f),
                 pointer<T>(g), pointer<T>(marginal_error), static_cast<Gradient>(gradient),
                 pointer<T>(grad_transport_cost), pointer<T>(grad_regularized_cost), pointer<T>(grad_f),
                 pointer<T>(grad_g), pointer<T>(grad_cost), pointer<T>(grad_a), pointer<T>(grad_b)};
@@ -37,6 +37,12 @@ struct SharedCall {
         return with_type(dtype, [&](auto type) {
             using T = decltype(type);
             return kernels().of<T>().sinkhorn_shared_fwd(args<T>());
+        });
+    }
+    void backward() const {
+        with_type(dtype, [&](auto type) {
+            using T = decltype(type);
+            kernels().of<T>().sinkhorn_shared_bwd(args<T>());
         });
     }
 };
@@ -64,7 +70,8 @@ void bind_sinkhorn_shared(pybind11::module_& module) {
     for (auto [name, field] :
          {std::pair{"cost", &Call::cost}, {"a", &Call::a}, {"b", &Call::b}, {"initial_f", &Call::initial_f},
           {"initial_g", &Call::initial_g}, {"problems", &Call::problems}, {"workspace", &Call::workspace},
-          {"blocks", &Call::blocks}, {"apart", &Call::apart}, {"iterations", &Call::iterations}, {"left", &Call::left},
+          {"blocks", &Call::blocks}, {"apart", &Call::apart}, {"iterations", &Call::iterations}, {"methods", &Call::methods},
+          {"left", &Call::left},
           {"transport_cost", &Call::transport_cost}, {"regularized_cost", &Call::regularized_cost}, {"f", &Call::f},
           {"g", &Call::g}, {"marginal_error", &Call::marginal_error},
           {"grad_transport_cost", &Call::grad_transport_cost}, {"grad_regularized_cost", &Call::grad_regularized_cost},
@@ -74,6 +81,7 @@ void bind_sinkhorn_shared(pybind11::module_& module) {
     }
     call.def("workspace_bytes", &Call::workspace_bytes);
     call.def("forward", &Call::forward);
+    call.def("backward", &Call::backward);
 }
 
 }  // namespace otkd_fast

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "otkd_fast/threads.h"
+#include "sinkhorn_shared_bwd.h"
 #include "sinkhorn_shared_fwd.h"
 
 namespace otkd_fast {
@@ -52,15 +53,57 @@ class SharedSolver {
         return count;
     }
 
-    int64_t bytes(bool) const {
+    void backward() const {
+        Arena arena{args_.workspace};
+        SharedKernel<S, T> kernel(args_, arena, threads_);
+        S* outer = arena.take<S>(threads_ * outer_entries());
+        parallel(threads_, [&](const Team& team) {
+            S* own = args_.grad_cost ? outer + team.rank * outer_entries() : nullptr;
+            if (own) std::memset(own, 0, outer_entries() * sizeof(S));
+            kernel.start(team, kInfinity);
+            for_blocks<SharedBackward<S, T>>(team, kernel, arena, [&](auto solver, int64_t, const Team& members) {
+                solver.solve(members, members.size > 1 && own ? outer : own);
+            });
+            if (own) cost_gradient(team, kernel, outer);
+        });
+    }
+
+    int64_t bytes(bool backward) const {
         Arena arena{nullptr};
         arena.take<unsigned char>(blocks_ * lanes_);
         const SharedKernel<S, T> kernel(args_, arena, threads_);
-        return arena.used + std::max(threads_ * block_bytes<SharedForward<S, T>>(kernel, 1),
-                                     block_bytes<SharedForward<S, T>>(kernel, threads_));
+        if (!backward) return arena.used + team_bytes<SharedForward<S, T>>(kernel);
+        arena.take<S>(threads_ * outer_entries());
+        return arena.used + team_bytes<SharedBackward<S, T>>(kernel);
     }
 
   private:
+    // Of the sum whose product with K is the gradient of the cost, one a thread.
+    int64_t outer_entries() const { return args_.grad_cost ? padded(args_.n) * outer_stride<S>(args_.m) : 0; }
+
+    // Adds K o (the sum over the threads) / epsilon to the cost's gradient.
+    void cost_gradient(const Team& team, const SharedKernel<S, T>& kernel, const S* outer) const {
+        const int64_t stride = outer_stride<S>(args_.m);
+        const Vec<S> zero = {};
+        const S inverse = static_cast<S>(1.0 / args_.epsilon);
+        team.barrier();
+        int64_t begin, end;
+        split(args_.n, 1, team.size, team.rank, begin, end);
+        for (int64_t i = begin; i < end; ++i) {
+            for (int64_t j = 0; j < args_.m; j += width<S>) {
+                Vec<S> sum = {};
+                for (int r = 0; r < team.size; ++r) sum += load(outer + r * outer_entries() + i * stride + j);
+                const Vec<S> k = kernel.row(i, j, args_.m - j), value = k > zero ? k * (sum * inverse) : zero;
+                T* out = args_.grad_cost + i * args_.m + j;
+                for (int64_t w = 0; w < width<S> && j + w < args_.m; ++w) out[w] += static_cast<T>(value[w]);
+            }
+        }
+    }
+
+    template <class Solver>
+    int64_t team_bytes(const SharedKernel<S, T>& kernel) const {
+        return std::max(threads_ * block_bytes<Solver>(kernel, 1), block_bytes<Solver>(kernel, threads_));
+    }
     template <class Solver>
     int64_t block_bytes(const SharedKernel<S, T>& kernel, int threads) const {
         Arena arena{nullptr};
@@ -108,6 +151,13 @@ int64_t forward(const SinkhornSharedArgs<T>& args) {
     return with_scalar(args, [](const auto& solver) { return solver.forward(); });
 }
 template <class T>
+void backward(const SinkhornSharedArgs<T>& args) {
+    with_scalar(args, [](const auto& solver) {
+        solver.backward();
+        return int64_t{0};
+    });
+}
+template <class T>
 int64_t workspace_bytes(const SinkhornSharedArgs<T>& args, bool backward) {
     return with_scalar(args, [&](const auto& solver) { return solver.bytes(backward); });
 }
@@ -116,6 +166,8 @@ int64_t workspace_bytes(const SinkhornSharedArgs<T>& args, bool backward) {
 
 int64_t sinkhorn_shared_fwd(const SinkhornSharedArgs<float>& args) { return forward(args); }
 int64_t sinkhorn_shared_fwd(const SinkhornSharedArgs<double>& args) { return forward(args); }
+void sinkhorn_shared_bwd(const SinkhornSharedArgs<float>& args) { backward(args); }
+void sinkhorn_shared_bwd(const SinkhornSharedArgs<double>& args) { backward(args); }
 int64_t sinkhorn_shared_workspace_bytes(const SinkhornSharedArgs<float>& args, bool backward) {
     return workspace_bytes(args, backward);
 }

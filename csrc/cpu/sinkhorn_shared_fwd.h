@@ -59,7 +59,7 @@ class SharedForward : SharedSweep<S, T> {
   public:
     // One object a thread; those of a team lie on the same memory.
     SharedForward(const Block<S, T>& block, const SharedKernel<S, T>& kernel, Arena& arena, int threads)
-        : Base(kernel, arena, threads, block.lanes()), args_(block.args), block_(block), control_(block.args, block) {
+        : Base(kernel, arena, threads, block.lanes()), args_(block.args), block_(block), control_(block) {
         const SinkhornSharedArgs<T>& args = block.args;
         const int64_t lanes = lanes_;
         const bool damped = args.penalty_a < kInfinity || args.penalty_b < kInfinity;
@@ -80,14 +80,13 @@ class SharedForward : SharedSweep<S, T> {
 
     Side<S> side(int64_t size, int64_t padded, const S* shift, double penalty, bool derived, Arena& arena) const {
         S *mass = arena.take<S>(padded * lanes_), *scaling = arena.take<S>(size * lanes_);
-        return {size, shift, mass, scaling, derived ? arena.take<S>(size * lanes_) : nullptr, penalty, args_.epsilon};
+        return {size, shift, mass, scaling, derived ? arena.take<S>(size * lanes_) : nullptr, {penalty, args_.epsilon}};
     }
     void divide(const S* sums, const S* mass, S* scaling, S* operand, int64_t rows, SumRange<S>& range) const {
         if (vectors_ == 1) return divide_lanes<S, 1>(sums, mass, scaling, operand, rows, range);
         divide_lanes<S, 2>(sums, mass, scaling, operand, rows, range);
     }
     void start(const Team& team);
-    void start_columns();
     void start_scalings(const Side<S>& side, const T* initial, double* out_of_range);
     void iterate(const Team& team);
     void iterate_with_options(const Team& team);
@@ -99,6 +98,7 @@ class SharedForward : SharedSweep<S, T> {
     void plan_sums(const Team& team);
     void potentials(const Team& team);
     void write(const Team& team) const;
+    void forget(int64_t lane) const;
 
     double* own(const Team& team, Total total) const { return totals_ + (team.rank * kTotals + total) * kMaxLanes; }
     double* cleared(const Team& team, Total total) const {
@@ -129,7 +129,8 @@ void SharedForward<S, T>::start(const Team& team) {
     if (team.rank == 0) block_.load_masses(args_.a, args_.n, rows_.mass);
     if (team.rank == team.size - 1) {
         block_.load_masses(args_.b, args_.m, columns_.mass);
-        start_columns();
+        std::memset(v_ + args_.m * lanes_, 0, (at_.m - args_.m) * lanes_ * sizeof(S));
+        start_columns(block_, columns_, 0, args_.m, v_);
     }
     for (int total = 0; total < kTotals; ++total) cleared(team, static_cast<Total>(total));
     team.barrier();
@@ -138,19 +139,6 @@ void SharedForward<S, T>::start(const Team& team) {
         start_scalings(columns_, args_.initial_g, own(team, out_of_range));
     }
     team.barrier();
-}
-
-// v = exp(g / epsilon) on the support of b, 1 where no g is given or it is not finite; 0 in the padding.
-template <class S, class T>
-void SharedForward<S, T>::start_columns() {
-    std::memset(v_ + args_.m * lanes_, 0, (at_.m - args_.m) * lanes_ * sizeof(S));
-    if (args_.initial_g) block_.load(args_.initial_g, args_.m, args_.m, v_);
-    const Vec<double> zero = {}, one = splat(1.0);
-    for (int64_t k = 0; k < args_.m * lanes_; k += width<double>) {
-        const Vec<double> g = args_.initial_g ? load_double(v_ + k) / args_.epsilon : zero;
-        const VecInt<double> finite = (g < kInfinity) & (g > -kInfinity);
-        store_double(v_ + k, load_double(columns_.mass + k) > zero ? (finite ? exp_double(g) : one) : zero);
-    }
 }
 
 // Where plain iterations leave their scalings: in the kept slot if there is one, else in the object's own memory.
@@ -246,6 +234,15 @@ void SharedForward<S, T>::write(const Team& team) const {
     }
 }
 
+// No scalings of a problem that goes elsewhere: in the backward of its block it takes no part.
+template <class S, class T>
+void SharedForward<S, T>::forget(int64_t lane) const {
+    for (int64_t slot = 0; slot < kept_slots(args_.keep, args_.num_iters); ++slot) {
+        S* kept = block_.kept(slot);
+        for (int64_t i = 0; kept && i < args_.n + args_.m; ++i) kept[i * lanes_ + lane] = 0;
+    }
+}
+
 template <class S, class T>
 void SharedForward<S, T>::solve(const Team& team, unsigned char* left) {
     const FlushSubnormals flush;
@@ -263,6 +260,7 @@ void SharedForward<S, T>::solve(const Team& team, unsigned char* left) {
         for (int64_t lane = 0; lane < block_.count; ++lane) {
             const double nan = 0 * (sum(team, row_error, lane) + sum(team, moved, lane));  // of a NaN in the cost
             left[lane] = sum(team, out_of_range, lane) > 0 || nan != 0;
+            if (left[lane]) forget(lane);
         }
     }
     team.barrier();

@@ -1,5 +1,6 @@
 // The kernel that all problems share, packed for the products of gemm.h: K_ij = exp((shift_i - C_ij) / epsilon) with shift_i
-// the smallest cost of row i; and a panel at a time W = K o (C - base), base the smallest cost of all.
+// the smallest cost of row i; and a panel at a time W = K o (C - base), base the smallest cost of all
+// (0 where a marginal has a penalty).
 #pragma once
 #include "gemm.h"
 #include "otkd_fast/sinkhorn_shared.h"
@@ -131,7 +132,8 @@ bool SharedKernel<S, T>::start(const Team& team, double limit) {
     reduction_.put(team, 1, high);
     team.barrier();
     const double least = -reduction_.max(team, 0), most = reduction_.max(team, 1);
-    if (team.rank == 0) base_ = least < kInf ? static_cast<S>(least) : S(0);
+    const bool constrained = args_.penalty_a == kInfinity && args_.penalty_b == kInfinity;
+    if (team.rank == 0) base_ = constrained && least < kInf ? static_cast<S>(least) : S(0);
     if (most > least && (most - least) / args_.epsilon > limit) return false;
     team.barrier();
     for (int64_t i = begin; i < end; i += kTile) {

@@ -19,7 +19,7 @@ void SharedForward<S, T>::start_scalings(const Side<S>& side, const T* initial, 
             const int64_t k = i * lanes_ + lane;
             const Vec<double> mass = load_double(side.mass + k), f = initial ? load_double(side.scaling + k) : zero;
             const Vec<double> potential = (f < kInfinity) & (f > -kInfinity) ? f : zero;
-            const Vec<double> x = exp_double((potential - side.shift_of(i)) / side.epsilon - log(mass));
+            const Vec<double> x = exp_double((potential - side.shift_of(i)) / side.penalty.epsilon - log(mass));
             const VecInt<double> used = (mass > zero) & (splat(control_.relaxed ? 1.0 : 0.0) > zero);
             const VecInt<double> lost = used & ~((x >= double{kSmallest<S>}) & (x <= double{kLargest<S>}));
             add_to(out_of_range + lane, lost ? splat(1.0) : zero);
@@ -76,7 +76,7 @@ void SharedForward<S, T>::iterate_with_options(const Team& team) {
         for_panels(row0, row1, [&](int64_t row, int64_t rows) {
             this->times(kernel_.panel(row), row, padded(rows), v_, u_ + row * lanes_);
         });
-        if (done > 0 && control_.wants_error(done)) {
+        if (done > 0 && control_.wants_errors(done)) {
             double *error = cleared(team, row_error), *mass = cleared(team, plan_mass);
             add_errors(rows_, u_ + row0 * lanes_, lanes_, row0, row1, error, mass);
             team.barrier();

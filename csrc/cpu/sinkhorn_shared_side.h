@@ -34,49 +34,52 @@ struct Side {
     S* mass;
     S* scaling;
     S* inverse;      // 1 / s, which the derivative of a damped update needs; null where it is not kept
-    double penalty, epsilon;
+    Penalty penalty;
 
-    bool constrained() const { return penalty == kInfinity; }
-    double damping() const { return constrained() ? 1.0 : penalty / (penalty + epsilon); }
     double shift_of(int64_t i) const { return shift ? static_cast<double>(shift[i]) : 0.0; }
     // f' / epsilon of scalings x of atom i
-    Vec<double> relative(int64_t i, Vec<double> x) const { return log(x) + shift_of(i) / epsilon; }
+    Vec<double> relative(int64_t i, Vec<double> x) const { return log(x) + shift_of(i) / penalty.epsilon; }
 };
+
+// v = exp(g / epsilon) for columns [begin, end) with mass, 1 where no g is given or it is not finite; 0 without mass.
+template <class S, class T>
+void start_columns(const Block<S, T>& block, const Side<S>& columns, int64_t begin, int64_t end, S* v) {
+    const T* initial = block.args.initial_g;
+    const int64_t lanes = block.lanes();
+    if (initial && begin < end) block.load(initial + begin, columns.size, end - begin, v + begin * lanes);
+    const Vec<double> zero = {}, one = splat(1.0);
+    for (int64_t k = begin * lanes; k < end * lanes; k += width<double>) {
+        const Vec<double> g = initial ? load_double(v + k) / block.args.epsilon : zero;
+        const VecInt<double> finite = (g < kInfinity) & (g > -kInfinity);
+        store_double(v + k, load_double(columns.mass + k) > zero ? (finite ? exp_double(g) : one) : zero);
+    }
+}
 
 // What differs from problem to problem of a block.
 struct LaneControl {
-    static constexpr int64_t kPeriod = 10;  // of the look at the error that over-relaxation takes by itself
-
-    double tol, running[kMaxLanes], omega[kMaxLanes], last_error[kMaxLanes];  // running: 1, or 0 once it has stopped
+    Control each[kMaxLanes];
+    double running[kMaxLanes];  // 1, or 0 once the problem has stopped: its scalings stay
+    double omega[kMaxLanes];
     int64_t iterations[kMaxLanes];
-    bool automatic, relaxed;
+    bool relaxed = false;
 
     template <class S, class T>
-    LaneControl(const SinkhornSharedArgs<T>& args, const Block<S, T>& block)
-        : tol(args.tol), automatic(args.relaxation == 0), relaxed(!automatic && args.relaxation != 1) {
+    explicit LaneControl(const Block<S, T>& block) {
         for (int64_t lane = 0; lane < kMaxLanes; ++lane) {
+            each[lane] = Control(block.args);
             running[lane] = lane < block.count ? 1 : 0;
-            omega[lane] = relaxed ? args.relaxation : 1;
-            last_error[lane] = 0;
-            iterations[lane] = args.num_iters;
-        }
-    }
-    bool wants_error(int64_t done) const {
-        return tol > 0 || (automatic && (done == kPeriod - 1 || done % kPeriod == 0));
-    }
-    // The marginal error of a problem after `done` iterations.
-    void observe(int64_t lane, int64_t done, double error) {
-        if (automatic && (done == kPeriod - 1 || done % kPeriod == 0)) {
-            if (done == kPeriod) {
-                const double ratio = last_error[lane] > 0 ? error / last_error[lane] : 0.0;
-                omega[lane] = std::fmin(1.95, 2 / (1 + std::sqrt(1 - std::fmin(ratio, 0.9999))));
-            } else if (done > kPeriod && error > last_error[lane]) {
-                omega[lane] = 1;
-            }
-            last_error[lane] = error;
+            omega[lane] = each[lane].omega();
+            iterations[lane] = block.args.num_iters;
             relaxed |= omega[lane] != 1;
         }
-        if (tol > 0 && running[lane] > 0 && error <= tol) {
+    }
+    bool wants_errors(int64_t done) const { return each[0].watches() || each[0].due(done); }
+    // The marginal error of a problem after `done` iterations.
+    void observe(int64_t lane, int64_t done, double error) {
+        if (each[lane].due(done)) each[lane].observe(done, error);
+        omega[lane] = each[lane].omega();
+        relaxed |= omega[lane] != 1;
+        if (each[lane].watches() && running[lane] > 0 && each[lane].stops(error)) {
             running[lane] = 0;
             iterations[lane] = done;
         }
@@ -88,9 +91,9 @@ template <class S>
 void update_side(const Side<S>& side, const S* sums, S* operand, int64_t lanes, int64_t begin, int64_t end,
                  const LaneControl& control, double* out_of_range) {
     const Vec<double> zero = {}, one = splat(1.0);
-    const double damping = side.damping(), low = kSmallest<S>, high = kLargest<S>;
+    const double damping = side.penalty.lambda(), low = kSmallest<S>, high = kLargest<S>;
     for (int64_t i = begin; i < end; ++i) {
-        const double offset = (damping - 1) * side.shift_of(i) / side.epsilon;
+        const double offset = (damping - 1) * side.shift_of(i) / side.penalty.epsilon;
         for (int64_t lane = 0; lane < lanes; lane += width<double>) {
             const int64_t k = i * lanes + lane;
             const Vec<double> sum = load_double(sums + k), mass = load_double(side.mass + k);
@@ -120,14 +123,14 @@ template <class S>
 void add_errors(const Side<S>& side, const S* sums, int64_t lanes, int64_t begin, int64_t end, double* error,
                 double* total) {
     const Vec<double> zero = {}, one = splat(1.0);
-    const double rate = side.constrained() ? 0.0 : side.epsilon / side.penalty;
+    const double rate = side.penalty.constraint() ? 0.0 : side.penalty.epsilon / side.penalty.rho;
     for (int64_t i = begin; i < end; ++i, sums += lanes) {
         for (int64_t lane = 0; lane < lanes; lane += width<double>) {
             const Vec<double> mass = load_double(side.mass + i * lanes + lane);
             const Vec<double> scaling = load_double(side.scaling + i * lanes + lane);
             const Vec<double> served = mass * scaling * load_double(sums + lane);
             const VecInt<double> used = mass > zero;
-            const Vec<double> target = side.constrained() ? one : exp_double(-rate * side.relative(i, scaling));
+            const Vec<double> target = side.penalty.constraint() ? one : exp_double(-rate * side.relative(i, scaling));
             const Vec<double> gap = served - mass * target;
             add_to(error + lane, used ? (gap < zero ? -gap : gap) : zero);
             add_to(total + lane, used ? served : zero);
@@ -149,9 +152,9 @@ void add_products(const Side<S>& side, const S* sums, int64_t lanes, int64_t beg
 // What a unit of mass of an atom adds to the dual value: f', or penalty (1 - exp(-f' / penalty)).
 template <class S>
 OTKD_INLINE Vec<S> density(const Side<S>& side, Vec<S> relative) {
-    if (side.constrained()) return relative;
+    if (side.penalty.constraint()) return relative;
     Vec<S> value;
-    for (int w = 0; w < width<S>; ++w) value[w] = static_cast<S>(-side.penalty * std::expm1(-relative[w] / side.penalty));
+    for (int w = 0; w < width<S>; ++w) value[w] = static_cast<S>(side.penalty.value(relative[w] / side.penalty.epsilon));
     return value;
 }
 
@@ -159,7 +162,7 @@ OTKD_INLINE Vec<S> density(const Side<S>& side, Vec<S> relative) {
 // <a, f'> or penalty <a, 1 - exp(-f' / penalty)>, and their masses.
 template <class S>
 void add_potentials(const Side<S>& side, int64_t lanes, int64_t begin, int64_t end, S* out, double* dual, double* masses) {
-    const Vec<S> zero = {}, eps = splat(static_cast<S>(side.epsilon));
+    const Vec<S> zero = {}, eps = splat(static_cast<S>(side.penalty.epsilon));
     for (int64_t lane = 0; lane < lanes; lane += width<S>) {
         Vec<S> value = {}, total = {};
         for (int64_t i = begin; i < end; ++i) {

@@ -24,7 +24,7 @@ FLOAT, DOUBLE, DENSE = 0, 1, 2  # how a problem was solved; the first two are th
 
 
 def _kept(num_iters: int, keep: int) -> int:
-    """Iterations kept: none, the last, all, the last two."""
+    """Iterations of which the scalings are kept: none, the last, all, the last two."""
     return (0, 1, num_iters, 2)[keep]
 
 
@@ -139,7 +139,7 @@ def _solve_dense(outputs, parts, chunk, operands, options) -> None:
     """The problems `chunk` by the solver of :mod:`.sinkhorn`, results and history put into place."""
     cost, *per_problem = operands
     costs = cost.expand(len(chunk), *cost.shape)
-    found = _dense_forward(costs, *(None if t is None else t[chunk] for t in per_problem), *options)
+    found = sinkhorn._fwd_cpu(costs, *(None if t is None else t[chunk] for t in per_problem), *options)
     for output, value in zip(outputs[:6], found[:6], strict=True):
         output[chunk] = value
     if parts is not None:
@@ -147,18 +147,101 @@ def _solve_dense(outputs, parts, chunk, operands, options) -> None:
         parts.apart[chunk, : found[6].shape[-1]] = found[6]
 
 
-def _dense_forward(cost, a, b, initial_f, initial_g, epsilon, num_iters, tol, relaxation, pa, pb, first, keep):
-    found = sinkhorn._fwd_cpu(cost, a, b, epsilon, num_iters, first, keep)
-    return *found[:5], torch.full(cost.shape[:1], num_iters), found[5]
+def _bwd_fake(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, (n, m) = _batch(a, b), cost.shape
+    return (
+        cost.new_empty((n, m) if need_cost else (0,)),
+        cost.new_empty((batch, n) if need_a else (0,)),
+        cost.new_empty((batch, m) if need_b else (0,)),
+    )
 
 
-_OPTIONS = (
-    "float epsilon, int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, "
-    "bool update_a_first, int keep"
-)
+def _bwd_cpu(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options = (epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b)
+    per_problem = (a, b, initial_f, initial_g)
+    incoming = (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)
+    grads = _bwd_fake(cost, *per_problem, history, *incoming, *options)
+    grads[0].zero_()
+    batch = _batch(a, b)
+    if batch == 0:
+        return grads
+    parts = _History(history.contiguous(), cost, batch, num_iters, sinkhorn.KEEP[gradient])
+    for method in (FLOAT, DOUBLE):
+        if (parts.method == method).any():
+            _differentiate(method, grads, parts, cost, *per_problem, *incoming, *options)
+    left = (parts.method == DENSE).nonzero().squeeze(1)
+    for chunk in left.split(max(1, CHUNK_ENTRIES // cost.numel())) if len(left) else ():
+        _differentiate_dense(grads, parts, chunk, cost, (*per_problem, *incoming), options)
+    return grads
+
+
+def _differentiate(
+    method, grads, parts, cost, a, b, initial_f, initial_g, grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
+    epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
+) -> None:  # fmt: skip
+    """The problems that were solved by this method on scalings."""
+    grad_cost, grad_a, grad_b = grads
+    if not update_a_first:
+        cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
+        penalty_a, penalty_b, grad_a, grad_b = penalty_b, penalty_a, grad_b, grad_a
+        grad_cost = torch.zeros_like(cost, memory_format=torch.contiguous_format) if need_cost else grad_cost
+    operands = [contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g)]
+    incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
+    call = _call(*operands, epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b)
+    call.method, call.gradient, call.count = method, sinkhorn.GRADIENTS[gradient], call.batch
+    if method == DOUBLE and cost.dtype is not torch.float64:
+        problems = (parts.method == method).nonzero().squeeze(1)
+        call.problems, call.count = address(problems), len(problems)
+    iterations = parts.num_iters.long()
+    call.iterations, call.methods = address(iterations), address(parts.method)
+    call.blocks, call.apart, call.apart_stride = address(parts.together), address(parts.apart), parts.apart.stride(0)
+    call.grad_transport_cost, call.grad_regularized_cost = address(incoming[0]), address(incoming[1])
+    call.grad_f, call.grad_g = address(incoming[2]), address(incoming[3])
+    call.grad_cost, call.grad_a, call.grad_b = (address(grad) if grad.numel() else 0 for grad in (grad_cost, grad_a, grad_b))
+    scratch = _library.workspace(call.workspace_bytes(True))
+    call.workspace = address(scratch)
+    call.backward()
+    if need_cost and not update_a_first:
+        grads[0].add_(grad_cost.mT)
+
+
+def _differentiate_dense(grads, parts, chunk, cost, per_problem, options) -> None:
+    """The problems `chunk`, which the solver of :mod:`.sinkhorn` solved."""
+    costs = cost.expand(len(chunk), *cost.shape)
+    a, b, initial_f, initial_g, *incoming = (None if t is None else t[chunk] for t in per_problem)
+    _, num_iters, *_, gradient, _, _, _ = options
+    size = sinkhorn.history_size(*cost.shape, num_iters, sinkhorn.KEEP[gradient])
+    history = parts.apart[chunk, :size]
+    found = sinkhorn._bwd_cpu(costs, a, b, initial_f, initial_g, history, *incoming, *options)
+    if grads[0].numel():
+        grads[0].add_(found[0].sum(0))
+    for grad, value in zip(grads[1:], found[1:], strict=True):
+        if grad.numel():
+            grad[chunk] = value
+
+
 _library.register(
-    "sinkhorn_shared_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sinkhorn_shared_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, float epsilon, "
+    "int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, bool update_a_first, int keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+)
+_library.register(
+    "sinkhorn_shared_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
+    "Tensor? grad_transport_cost, Tensor? grad_regularized_cost, Tensor? grad_f, Tensor? grad_g, float epsilon, "
+    "int num_iters, float penalty_a, float penalty_b, bool update_a_first, str gradient, bool need_cost, bool need_a, "
+    "bool need_b) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+    _bwd_cpu,
 )

@@ -19,6 +19,7 @@ struct KernelsOf {
     void (*sinkhorn_bwd)(const SinkhornArgs<T>&);
     int64_t (*sinkhorn_workspace_bytes)(const SinkhornArgs<T>&, bool backward);
     int64_t (*sinkhorn_shared_fwd)(const SinkhornSharedArgs<T>&);
+    void (*sinkhorn_shared_bwd)(const SinkhornSharedArgs<T>&);
     int64_t (*sinkhorn_shared_workspace_bytes)(const SinkhornSharedArgs<T>&, bool backward);
 };
 

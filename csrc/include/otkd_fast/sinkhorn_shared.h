@@ -25,6 +25,7 @@ struct SinkhornSharedArgs {
     double* apart;              // history of the others, null where there are none
     int64_t apart_stride;       // doubles from one problem to the next
     int64_t* iterations;        // (batch,) that each problem ran; read by the backward
+    const double* methods;      // (batch,) of the backward: how each problem was solved, those of another method are skipped
     // forward
     int64_t* left;              // (count,) gets the problems that left the range of the method
     T* transport_cost;          // (batch,)
@@ -49,6 +50,8 @@ constexpr int64_t kSharedLanes = 16;  // `blocks` has room for the batch rounded
     namespace ISA {                                                                           \
     int64_t sinkhorn_shared_fwd(const SinkhornSharedArgs<float>&);                            \
     int64_t sinkhorn_shared_fwd(const SinkhornSharedArgs<double>&);                           \
+    void sinkhorn_shared_bwd(const SinkhornSharedArgs<float>&);                               \
+    void sinkhorn_shared_bwd(const SinkhornSharedArgs<double>&);                              \
     int64_t sinkhorn_shared_workspace_bytes(const SinkhornSharedArgs<float>&, bool backward); \
     int64_t sinkhorn_shared_workspace_bytes(const SinkhornSharedArgs<double>&, bool backward); \
     }
