@@ -62,7 +62,7 @@ OTKD_INLINE void store(T* p, Vec<T> v) {
 
 template <class T>
 OTKD_INLINE Vec<T> splat(T x) {
-    return Vec<T>{} + x;  // the compiler turns it into a broadcast
+    return x - Vec<T>{};  // a broadcast: x - 0 is x for every x, 0 + x is not (-0)
 }
 
 // Lanes [0, count) from memory, the others `fill`; count at most a vector, never beyond it read.
@@ -274,20 +274,66 @@ OTKD_INLINE Vec<double> ScaledExp<double>::operator()(Vec<double> d) const {
     return (Vec<double>)(~underflow & bits);
 }
 
-// log x for normal x > 0: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)). Anything else: no
-// meaning, but no trap.
-OTKD_INLINE Vec<double> log(Vec<double> x) {
-    constexpr double ln2_hi = 0x1.62e42fefa38p-1, ln2_lo = 0x1.ef35793c7673p-45;
-    constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd, mantissa = (int64_t{1} << 52) - 1;
-    const VecInt<double> above = (VecInt<double>)x - sqrt_half;  // its exponent field is e, also for negative e
-    const VecInt<double> bits = (above & mantissa) + sqrt_half;
-    const Vec<double> m = (Vec<double>)bits;
-    const Vec<double> e = (Vec<double>)((above >> 52) + 0x4338000000000000) - 6755399441055744.0;  // + 1.5 * 2^52
-    const Vec<double> t = (m - 1.0) / (m + 1.0), square = t * t;  // |t| < 0.172
-    Vec<double> p = splat(1.0 / 23);
-    for (int k = 21; k >= 3; k -= 2) p = p * square + 1.0 / k;
-    return e * ln2_hi + (2 * t + (2 * t * square * p + e * ln2_lo));
+// 1 / x; x = 0 and infinite x may give NaN.
+template <class T>
+OTKD_INLINE Vec<T> reciprocal(Vec<T> x) {
+    return T(1) / x;
 }
+#if defined(__AVX512F__)
+template <>
+OTKD_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
+    const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);  // 14 bits, then one step of Newton
+    return y + y * (1.0f - x * y);
+}
+#endif
+
+// log(x) for x > 0, error about one unit in the last place (the scheme of fdlibm); what it gives elsewhere means nothing.
+OTKD_INLINE Vec<float> log(Vec<float> x) {
+    const VecInt<float> subnormal = x < std::numeric_limits<float>::min();
+    const Vec<float> normal = subnormal ? x * 33554432.0f : x;  // 2^25
+    const VecInt<float> bits = (VecInt<float>)normal;
+    const VecInt<float> exponent = (bits - 0x3F3504F3) >> 23;           // of x / sqrt(1/2)
+    const Vec<float> f = (Vec<float>)(bits - (exponent << 23)) - 1.0f;  // in [sqrt(1/2) - 1, sqrt(2) - 1)
+    Vec<float> k = (Vec<float>)(exponent + 0x4B400000) - 12582912.0f;
+    k = subnormal ? k - 25.0f : k;
+    const Vec<float> s = f * reciprocal<float>(2.0f + f), z = s * s, half = 0.5f * f * f;
+    Vec<float> p = splat(0.24279078841f);
+    p = p * z + 0.28498786688f;
+    p = p * z + 0.40000972152f;
+    p = p * z + 0.66666662693f;
+    return k * 6.9313812256e-01f - ((half - (s * (half + z * p) + k * 9.0580006145e-06f)) - f);
+}
+
+OTKD_INLINE Vec<double> log(Vec<double> x) {
+    const VecInt<double> subnormal = x < std::numeric_limits<double>::min();
+    const Vec<double> normal = subnormal ? x * 18014398509481984.0 : x;  // 2^54
+    const VecInt<double> bits = (VecInt<double>)normal;
+    const VecInt<double> exponent = (bits - 0x3FE6A09E667F3BCDLL) >> 52;  // of x / sqrt(1/2)
+    const Vec<double> f = (Vec<double>)(bits - (exponent << 52)) - 1.0;   // in [sqrt(1/2) - 1, sqrt(2) - 1)
+    Vec<double> k = (Vec<double>)(exponent + 0x4338000000000000LL) - 6755399441055744.0;
+    k = subnormal ? k - 54.0 : k;
+    const Vec<double> s = f / (2.0 + f), z = s * s, half = 0.5 * f * f;
+    Vec<double> p = splat(1.479819860511658591e-01);
+    p = p * z + 1.531383769920937332e-01;
+    p = p * z + 1.818357216161805012e-01;
+    p = p * z + 2.222219843214978396e-01;
+    p = p * z + 2.857142874366239149e-01;
+    p = p * z + 3.999999999940941908e-01;
+    p = p * z + 6.666666666666735130e-01;
+    return k * 6.93147180369123816490e-01 - ((half - (s * (half + z * p) + k * 1.90821492927058770002e-10)) - f);
+}
+
+// While it lives, results below the smallest normal number are 0: on x86-64 each of them costs a hundred times a sum.
+class FlushSubnormals {
+  public:
+#if defined(__x86_64__)
+    FlushSubnormals() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8000); }
+    ~FlushSubnormals() { __builtin_ia32_ldmxcsr(before_); }
+
+  private:
+    unsigned before_;
+#endif
+};
 
 }  // namespace OTKD_ISA
 }  // namespace otkd_fast

@@ -194,8 +194,9 @@ void write_marginal_gradient(T* out, int64_t count, const Penalty& penalty, doub
 // The decisions of a loop; every thread of a team has its own and feeds it the same errors.
 class Control {
   public:
-    template <class T>
-    explicit Control(const SinkhornArgs<T>& args)
+    Control() = default;
+    template <class Args>
+    explicit Control(const Args& args)
         : tol_(args.tol), omega_(args.relaxation > 0 ? args.relaxation : 1.0), automatic_(args.relaxation == 0) {}
 
     double omega() const { return omega_; }
@@ -217,8 +218,8 @@ class Control {
 
   private:
     static constexpr int64_t kPeriod = 10;
-    double tol_, omega_, before_ = 0;
-    bool automatic_;
+    double tol_ = 0, omega_ = 1, before_ = 0;
+    bool automatic_ = false;
 };
 
 }  // namespace

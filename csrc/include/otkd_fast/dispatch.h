@@ -6,6 +6,7 @@
 
 #include "otkd_fast/cost_matrix.h"
 #include "otkd_fast/sinkhorn.h"
+#include "otkd_fast/sinkhorn_shared.h"
 
 namespace otkd_fast {
 
@@ -17,6 +18,9 @@ struct KernelsOf {
     void (*sinkhorn_fwd)(const SinkhornArgs<T>&);
     void (*sinkhorn_bwd)(const SinkhornArgs<T>&);
     int64_t (*sinkhorn_workspace_bytes)(const SinkhornArgs<T>&, bool backward);
+    int64_t (*sinkhorn_shared_fwd)(const SinkhornSharedArgs<T>&);
+    void (*sinkhorn_shared_bwd)(const SinkhornSharedArgs<T>&);
+    int64_t (*sinkhorn_shared_workspace_bytes)(const SinkhornSharedArgs<T>&, bool backward);
 };
 
 struct Kernels {

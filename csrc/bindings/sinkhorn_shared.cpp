@@ -1,0 +1,87 @@
+#include "otkd_fast/sinkhorn_shared.h"
+
+#include "bindings.h"
+
+namespace otkd_fast {
+namespace {
+
+// One call, field by field as in SinkhornSharedArgs; addresses are 0 where an operand is absent.
+struct SharedCall {
+    int dtype = 0, method = 0, keep = 0, gradient = 0, threads = 1;
+    int64_t batch = 0, n = 0, m = 0, count = 0, num_iters = 0, apart_stride = 0;
+    double epsilon = 0, tol = 0, relaxation = 1, penalty_a = 0, penalty_b = 0;
+    Address cost = 0, a = 0, b = 0, initial_f = 0, initial_g = 0, problems = 0, workspace = 0;
+    Address blocks = 0, apart = 0, iterations = 0, methods = 0, left = 0;
+    Address transport_cost = 0, regularized_cost = 0, f = 0, g = 0, marginal_error = 0;
+    Address grad_transport_cost = 0, grad_regularized_cost = 0, grad_f = 0, grad_g = 0;
+    Address grad_cost = 0, grad_a = 0, grad_b = 0;
+
+    template <class T>
+    SinkhornSharedArgs<T> args() const {
+        return {pointer<T>(cost), pointer<T>(a), pointer<T>(b), pointer<T>(initial_f), pointer<T>(initial_g),
+                pointer<int64_t>(problems), pointer<unsigned char>(workspace), batch, n, m, count, num_iters,
+                static_cast<Method>(method), static_cast<Keep>(keep), epsilon, tol, relaxation, penalty_a, penalty_b,
+                threads, pointer<T>(blocks), pointer<double>(apart), apart_stride, pointer<int64_t>(iterations),
+                pointer<double>(methods), pointer<int64_t>(left), pointer<T>(transport_cost), pointer<T>(regularized_cost), pointer<T>(f),
+                pointer<T>(g), pointer<T>(marginal_error), static_cast<Gradient>(gradient),
+                pointer<T>(grad_transport_cost), pointer<T>(grad_regularized_cost), pointer<T>(grad_f),
+                pointer<T>(grad_g), pointer<T>(grad_cost), pointer<T>(grad_a), pointer<T>(grad_b)};
+    }
+    int64_t workspace_bytes(bool backward) const {
+        return with_type(dtype, [&](auto type) {
+            using T = decltype(type);
+            return kernels().of<T>().sinkhorn_shared_workspace_bytes(args<T>(), backward);
+        });
+    }
+    int64_t forward() const {
+        return with_type(dtype, [&](auto type) {
+            using T = decltype(type);
+            return kernels().of<T>().sinkhorn_shared_fwd(args<T>());
+        });
+    }
+    void backward() const {
+        with_type(dtype, [&](auto type) {
+            using T = decltype(type);
+            kernels().of<T>().sinkhorn_shared_bwd(args<T>());
+        });
+    }
+};
+
+}  // namespace
+
+void bind_sinkhorn_shared(pybind11::module_& module) {
+    using Call = SharedCall;
+    pybind11::class_<Call> call(module, "SinkhornSharedCall");
+    call.def(pybind11::init<>());
+    for (auto [name, field] : {std::pair{"dtype", &Call::dtype}, {"method", &Call::method}, {"keep", &Call::keep},
+                               {"gradient", &Call::gradient}, {"threads", &Call::threads}}) {
+        call.def_readwrite(name, field);
+    }
+    for (auto [name, field] : {std::pair{"batch", &Call::batch}, {"n", &Call::n}, {"m", &Call::m},
+                               {"count", &Call::count}, {"num_iters", &Call::num_iters},
+                               {"apart_stride", &Call::apart_stride}}) {
+        call.def_readwrite(name, field);
+    }
+    for (auto [name, field] : {std::pair{"epsilon", &Call::epsilon}, {"tol", &Call::tol},
+                               {"relaxation", &Call::relaxation}, {"penalty_a", &Call::penalty_a},
+                               {"penalty_b", &Call::penalty_b}}) {
+        call.def_readwrite(name, field);
+    }
+    for (auto [name, field] :
+         {std::pair{"cost", &Call::cost}, {"a", &Call::a}, {"b", &Call::b}, {"initial_f", &Call::initial_f},
+          {"initial_g", &Call::initial_g}, {"problems", &Call::problems}, {"workspace", &Call::workspace},
+          {"blocks", &Call::blocks}, {"apart", &Call::apart}, {"iterations", &Call::iterations}, {"methods", &Call::methods},
+          {"left", &Call::left},
+          {"transport_cost", &Call::transport_cost}, {"regularized_cost", &Call::regularized_cost}, {"f", &Call::f},
+          {"g", &Call::g}, {"marginal_error", &Call::marginal_error},
+          {"grad_transport_cost", &Call::grad_transport_cost}, {"grad_regularized_cost", &Call::grad_regularized_cost},
+          {"grad_f", &Call::grad_f}, {"grad_g", &Call::grad_g}, {"grad_cost", &Call::grad_cost},
+          {"grad_a", &Call::grad_a}, {"grad_b", &Call::grad_b}}) {
+        call.def_readwrite(name, field);
+    }
+    call.def("workspace_bytes", &Call::workspace_bytes);
+    call.def("forward", &Call::forward);
+    call.def("backward", &Call::backward);
+}
+
+}  // namespace otkd_fast

@@ -1,0 +1,148 @@
+// The kernel that all problems share, packed for the products of gemm.h: K_ij = exp((shift_i - C_ij) / epsilon) with shift_i
+// the smallest cost of row i; and a panel at a time W = K o (C - base), base the smallest cost of all
+// (0 where a marginal has a penalty).
+#pragma once
+#include "gemm.h"
+#include "otkd_fast/sinkhorn_shared.h"
+#include "sinkhorn_buffers.h"
+
+namespace otkd_fast {
+namespace OTKD_ISA {
+namespace {
+
+template <class S, class T>
+class SharedKernel {
+  public:
+    SharedKernel(const SinkhornSharedArgs<T>& args, Arena& arena, int threads)
+        : args_(args), packing_(args.n, args.m), exp_(1.0 / args.epsilon) {
+        kernel_ = arena.take<S>(packing_.entries() + kSlack);
+        shift_ = arena.take<S>(packing_.n);
+        reduction_.slots = arena.take<double>(threads * kSlots);
+    }
+
+    // By all threads together. False, and nothing packed, if (max - min of the finite costs) / epsilon exceeds `limit`:
+    // that bounds the exponents whatever the marginals are, and the cancellation between C / epsilon and the potentials.
+    bool start(const Team& team, double limit);
+
+    const Packing& packing() const { return packing_; }
+    const S* panel(int64_t row) const { return kernel_ + packing_.panel(row); }
+    int64_t panel_entries() const { return kPanel * packing_.m + kSlack; }
+    // The rows [row, row + rows) of one panel of W, in a panel of memory.
+    void weigh(int64_t row, int64_t rows, S* panel) const;
+    const S* shifts() const { return shift_; }
+    S base() const { return base_; }
+    // K_ij of `count` columns from j on, row-major
+    Vec<S> row(int64_t i, int64_t j, int64_t count) const { return exp_(shift_[i] - cost(i, j, count)); }
+    // C_ij - base, 0 where it is infinite
+    Vec<S> excess(int64_t i, int64_t j, int64_t count) const { return finite(cost(i, j, count) - base_); }
+
+  private:
+    static constexpr S kInf = std::numeric_limits<S>::infinity();
+    static constexpr int64_t kSlack = kTile + width<S>;  // entries that whole vectors may touch behind the last one
+
+    static Vec<S> finite(Vec<S> x) { return x < kInf ? x : x != x ? x : Vec<S>{}; }
+    Vec<S> cost(int64_t i, int64_t j, int64_t count) const {
+        return LoadAs<S, T>::part(args_.cost + i * args_.m + j, count < width<S> ? count : width<S>, kInf);
+    }
+    void row_range(int64_t i, S& low, S& high);
+    void pack_group(int64_t row, int64_t column);
+    void weigh_group(int64_t row, int64_t column, S* panel) const;
+
+    const SinkhornSharedArgs<T>& args_;
+    const Packing packing_;
+    const ScaledExp<S> exp_;
+    S *kernel_, *shift_;
+    S base_ = 0;
+    Reduction reduction_;
+};
+
+// The smallest cost of row i becomes its shift; low and high take in its smallest and its largest finite one.
+template <class S, class T>
+void SharedKernel<S, T>::row_range(int64_t i, S& low, S& high) {
+    Vec<S> least = splat(kInf), most = splat(-kInf);
+    for (int64_t j = 0; j < args_.m; j += width<S>) {
+        const Vec<S> c = cost(i, j, args_.m - j);
+        least = min<S>(c, least);
+        most = max<S>(c < kInf ? c : splat(-kInf), most);
+    }
+    const S own = -largest<S>(-least), own_high = largest<S>(most);
+    shift_[i] = own < kInf ? own : S(0);
+    low = own < low ? own : low;
+    high = own_high > high ? own_high : high;
+}
+
+// kTile rows from `row` on, the block of columns that begins at `column`.
+template <class S, class T>
+void SharedKernel<S, T>::pack_group(int64_t row, int64_t column) {
+    S entries[kDepth + width<S>];
+    const int64_t depth = packing_.depth(column);
+    S* to = kernel_ + packing_.panel(row) + packing_.group(row, column);
+    for (int64_t r = 0; r < kTile; ++r, to += kTile) {
+        const int64_t columns = row + r < args_.n ? args_.m - column : 0;
+        for (int64_t j = 0; j < depth; j += width<S>) {
+            store(entries + j, j < columns ? this->row(row + r, column + j, columns - j) : Vec<S>{});
+        }
+        for (int64_t j = 0; j < depth; j += kTile) std::memcpy(to + j * kTile, entries + j, kTile * sizeof(S));
+    }
+}
+
+template <class S, class T>
+void SharedKernel<S, T>::weigh(int64_t row, int64_t rows, S* panel) const {
+    for (int64_t column = 0; column < packing_.m; column += kDepth) {
+        for (int64_t i = row; i < row + rows; i += kTile) weigh_group(i, column, panel);
+    }
+}
+
+template <class S, class T>
+void SharedKernel<S, T>::weigh_group(int64_t row, int64_t column, S* panel) const {
+    constexpr int64_t ld = kDepth + kTile + width<S>;
+    S excess[kTile * ld];
+    const int64_t depth = packing_.depth(column), group = packing_.group(row, column);
+    for (int64_t r = 0; r < kTile; ++r) {
+        const int64_t columns = row + r < args_.n ? args_.m - column : 0;
+        for (int64_t j = 0; j < depth; j += width<S>) {
+            store(excess + r * ld + j, j < columns ? this->excess(row + r, column + j, columns - j) : Vec<S>{});
+        }
+    }
+    const S* kernel = this->panel(row) + group;
+    S* to = panel + group;
+    for (int64_t j = 0; j < depth; j += kTile) {
+        for (int64_t r = 0; r < kTile; ++r, kernel += kTile, to += kTile) {
+            for (int64_t w = 0; w < kTile; w += width<S>) {
+                // in the order of memory: what a vector writes too much the next one writes over
+                store(to + w, load(kernel + w) * load(excess + r * ld + j + w));
+            }
+        }
+    }
+}
+
+template <class S, class T>
+bool SharedKernel<S, T>::start(const Team& team, double limit) {
+    int64_t begin, end;
+    split(packing_.n, kTile, team.size, team.rank, begin, end);
+    S low = kInf, high = -kInf;
+    for (int64_t i = begin; i < end; ++i) {
+        if (i < args_.n) {
+            row_range(i, low, high);
+        } else {
+            shift_[i] = 0;
+        }
+    }
+    reduction_.put(team, 0, -low);
+    reduction_.put(team, 1, high);
+    team.barrier();
+    const double least = -reduction_.max(team, 0), most = reduction_.max(team, 1);
+    const bool constrained = args_.penalty_a == kInfinity && args_.penalty_b == kInfinity;
+    if (team.rank == 0) base_ = constrained && least < kInf ? static_cast<S>(least) : S(0);
+    if (most > least && (most - least) / args_.epsilon > limit) return false;
+    team.barrier();
+    for (int64_t i = begin; i < end; i += kTile) {
+        for (int64_t j = 0; j < packing_.m; j += kDepth) pack_group(i, j);
+    }
+    team.barrier();
+    return true;
+}
+
+}  // namespace
+}  // namespace OTKD_ISA
+}  // namespace otkd_fast

@@ -1,0 +1,247 @@
+"""``sinkhorn_shared_fwd`` and ``_bwd``: one cost (n, m) for a batch of marginals (``csrc/cpu/sinkhorn_shared.cpp``).
+
+The kernels update rows first; columns first is the transposed problem. They solve in float32 as far as the range of the
+exponents permits, then in float64; the problems that even that does not suffice for go to ``sinkhorn_fwd`` and ``_bwd``,
+as do batches of a few problems: a few of them at a time, so that no tensor of the size of all expanded costs exists.
+
+History, one float64 tensor: how each problem was solved and its iterations (B,), (B,); then the scalings of the blocks of
+problems that were solved together in the input's type; then, problem by problem, those of the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library, sinkhorn
+from ._library import address, contiguous, native
+
+FEW = 4  # problems up to which the dense solver is quicker
+LANES = 16  # a multiple of the problems that any instruction set puts side by side
+CHUNK_ENTRIES = 1 << 22  # of expanded costs handed to the dense solver at a time
+
+FLOAT, DOUBLE, DENSE = 0, 1, 2  # how a problem was solved; the first two are the native module's Method
+
+
+def _kept(num_iters: int, keep: int) -> int:
+    """Iterations of which the scalings are kept: none, the last, all, the last two."""
+    return (0, 1, num_iters, 2)[keep]
+
+
+def _history_parts(cost: Tensor, batch: int, num_iters: int, keep: int) -> tuple[int, int]:
+    """Doubles of the blocks solved together, and of one problem solved apart."""
+    n, m = cost.shape
+    scalings = _kept(num_iters, keep) * (n + m)
+    together = (batch + LANES - 1) // LANES * LANES * scalings
+    return together * cost.element_size() // 8, max(scalings, sinkhorn.history_size(n, m, num_iters, keep))
+
+
+def _batch(a: Tensor | None, b: Tensor | None) -> int:
+    return a.shape[0] if a is not None else b.shape[0]
+
+
+def _fwd_fake(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, (n, m) = _batch(a, b), cost.shape
+    transport_cost, regularized_cost, marginal_error = (cost.new_empty(batch) for _ in range(3))
+    count = cost.new_empty(batch, dtype=torch.int64)
+    size = 0
+    if keep:
+        together, apart = _history_parts(cost, batch, num_iters, keep)
+        size = 2 * batch + together + batch * apart
+    history = cost.new_empty(size, dtype=torch.float64)
+    f, g = cost.new_empty(batch, n), cost.new_empty(batch, m)
+    return transport_cost, regularized_cost, f, g, marginal_error, count, history
+
+
+class _History:
+    """The parts of a history tensor, as views."""
+
+    def __init__(self, history: Tensor, cost: Tensor, batch: int, num_iters: int, keep: int) -> None:
+        together, apart = _history_parts(cost, batch, num_iters, keep)
+        self.method, self.num_iters, self.together, apart_part = history.split(
+            (batch, batch, together, batch * apart)
+        )
+        self.apart = apart_part.view(batch, apart)
+
+
+def _call(cost, a, b, initial_f, initial_g, epsilon, num_iters, keep, penalty_a, penalty_b):
+    """A native call with what forward and backward have in common."""
+    call = native.SinkhornSharedCall()
+    call.dtype, call.threads = _library.dtype_code(cost), torch.get_num_threads()
+    call.batch, (call.n, call.m) = _batch(a, b), cost.shape
+    call.cost, call.a, call.b = address(cost), address(a), address(b)
+    call.initial_f, call.initial_g = address(initial_f), address(initial_g)
+    call.epsilon, call.num_iters, call.keep = epsilon, num_iters, keep
+    call.penalty_a, call.penalty_b = penalty_a, penalty_b
+    return call
+
+
+def _fwd_cpu(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = (epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep)
+    outputs = _fwd_fake(cost, a, b, initial_f, initial_g, *options)
+    *_, count, history = outputs
+    batch = _batch(a, b)
+    if batch == 0:
+        return outputs
+    left = torch.arange(batch)
+    parts = _History(history, cost, batch, num_iters, keep) if keep else None
+    if batch > FEW:
+        left = _solve(outputs, parts, cost, a, b, initial_f, initial_g, *options)
+    for chunk in left.split(max(1, CHUNK_ENTRIES // cost.numel())) if len(left) else ():
+        _solve_dense(outputs, parts, chunk, (cost, a, b, initial_f, initial_g), options)
+    if keep:
+        parts.num_iters.copy_(count)
+    return outputs
+
+
+def _solve(
+    outputs, parts, cost, a, b, initial_f, initial_g, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b,
+    update_a_first, keep,
+) -> Tensor:  # fmt: skip
+    """Solves what scalings can; the indices of the problems that are left."""
+    transport_cost, regularized_cost, f, g, marginal_error, count, _ = outputs
+    if not update_a_first:
+        cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
+        penalty_a, penalty_b = penalty_b, penalty_a
+    operands = [contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g)]
+    call = _call(*operands, epsilon, num_iters, keep, penalty_a, penalty_b)
+    call.tol, call.relaxation = tol, relaxation
+    call.transport_cost, call.regularized_cost = address(transport_cost), address(regularized_cost)
+    call.marginal_error, call.iterations = address(marginal_error), address(count)
+    call.f, call.g = address(f), address(g)
+    if keep:
+        call.blocks, call.apart, call.apart_stride = address(parts.together), address(parts.apart), parts.apart.stride(0)
+    problems, call.count = None, call.batch
+    for method in (FLOAT, DOUBLE)[cost.dtype is torch.float64 :]:
+        call.method, call.problems = method, address(problems)
+        left = torch.empty(call.count, dtype=torch.int64)
+        call.left = address(left)
+        scratch = _library.workspace(call.workspace_bytes(False))
+        call.workspace = address(scratch)
+        if keep:
+            parts.method[slice(None) if problems is None else problems] = method
+        call.count = call.forward()
+        problems = left[: call.count]
+        if call.count == 0:
+            break
+    return problems
+
+
+def _solve_dense(outputs, parts, chunk, operands, options) -> None:
+    """The problems `chunk` by the solver of :mod:`.sinkhorn`, results and history put into place."""
+    cost, *per_problem = operands
+    costs = cost.expand(len(chunk), *cost.shape)
+    found = sinkhorn._fwd_cpu(costs, *(None if t is None else t[chunk] for t in per_problem), *options)
+    for output, value in zip(outputs[:6], found[:6], strict=True):
+        output[chunk] = value
+    if parts is not None:
+        parts.method[chunk] = DENSE
+        parts.apart[chunk, : found[6].shape[-1]] = found[6]
+
+
+def _bwd_fake(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, (n, m) = _batch(a, b), cost.shape
+    return (
+        cost.new_empty((n, m) if need_cost else (0,)),
+        cost.new_empty((batch, n) if need_a else (0,)),
+        cost.new_empty((batch, m) if need_b else (0,)),
+    )
+
+
+def _bwd_cpu(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options = (epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b)
+    per_problem = (a, b, initial_f, initial_g)
+    incoming = (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)
+    grads = _bwd_fake(cost, *per_problem, history, *incoming, *options)
+    grads[0].zero_()
+    batch = _batch(a, b)
+    if batch == 0:
+        return grads
+    parts = _History(history.contiguous(), cost, batch, num_iters, sinkhorn.KEEP[gradient])
+    for method in (FLOAT, DOUBLE):
+        if (parts.method == method).any():
+            _differentiate(method, grads, parts, cost, *per_problem, *incoming, *options)
+    left = (parts.method == DENSE).nonzero().squeeze(1)
+    for chunk in left.split(max(1, CHUNK_ENTRIES // cost.numel())) if len(left) else ():
+        _differentiate_dense(grads, parts, chunk, cost, (*per_problem, *incoming), options)
+    return grads
+
+
+def _differentiate(
+    method, grads, parts, cost, a, b, initial_f, initial_g, grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
+    epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
+) -> None:  # fmt: skip
+    """The problems that were solved by this method on scalings."""
+    grad_cost, grad_a, grad_b = grads
+    if not update_a_first:
+        cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
+        penalty_a, penalty_b, grad_a, grad_b = penalty_b, penalty_a, grad_b, grad_a
+        grad_cost = torch.zeros_like(cost, memory_format=torch.contiguous_format) if need_cost else grad_cost
+    operands = [contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g)]
+    incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
+    call = _call(*operands, epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b)
+    call.method, call.gradient, call.count = method, sinkhorn.GRADIENTS[gradient], call.batch
+    if method == DOUBLE and cost.dtype is not torch.float64:
+        problems = (parts.method == method).nonzero().squeeze(1)
+        call.problems, call.count = address(problems), len(problems)
+    iterations = parts.num_iters.long()
+    call.iterations, call.methods = address(iterations), address(parts.method)
+    call.blocks, call.apart, call.apart_stride = address(parts.together), address(parts.apart), parts.apart.stride(0)
+    call.grad_transport_cost, call.grad_regularized_cost = address(incoming[0]), address(incoming[1])
+    call.grad_f, call.grad_g = address(incoming[2]), address(incoming[3])
+    call.grad_cost, call.grad_a, call.grad_b = (address(grad) if grad.numel() else 0 for grad in (grad_cost, grad_a, grad_b))
+    scratch = _library.workspace(call.workspace_bytes(True))
+    call.workspace = address(scratch)
+    call.backward()
+    if need_cost and not update_a_first:
+        grads[0].add_(grad_cost.mT)
+
+
+def _differentiate_dense(grads, parts, chunk, cost, per_problem, options) -> None:
+    """The problems `chunk`, which the solver of :mod:`.sinkhorn` solved."""
+    costs = cost.expand(len(chunk), *cost.shape)
+    a, b, initial_f, initial_g, *incoming = (None if t is None else t[chunk] for t in per_problem)
+    _, num_iters, *_, gradient, _, _, _ = options
+    size = sinkhorn.history_size(*cost.shape, num_iters, sinkhorn.KEEP[gradient])
+    history = parts.apart[chunk, :size]
+    found = sinkhorn._bwd_cpu(costs, a, b, initial_f, initial_g, history, *incoming, *options)
+    if grads[0].numel():
+        grads[0].add_(found[0].sum(0))
+    for grad, value in zip(grads[1:], found[1:], strict=True):
+        if grad.numel():
+            grad[chunk] = value
+
+
+_library.register(
+    "sinkhorn_shared_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, float epsilon, "
+    "int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, bool update_a_first, int keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+    _fwd_cpu,
+)
+_library.register(
+    "sinkhorn_shared_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
+    "Tensor? grad_transport_cost, Tensor? grad_regularized_cost, Tensor? grad_f, Tensor? grad_g, float epsilon, "
+    "int num_iters, float penalty_a, float penalty_b, bool update_a_first, str gradient, bool need_cost, bool need_a, "
+    "bool need_b) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+    _bwd_cpu,
+)
