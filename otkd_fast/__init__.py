@@ -17,6 +17,7 @@ from .functional.planned import (
 from .functional.sinkhorn import sinkhorn
 from .functional.sinkhorn_ragged import sinkhorn_ragged
 from .functional.sinkhorn_result import SinkhornResult
+from .functional.wasserstein_1d import wasserstein_1d
 
 __all__ = [
     "SinkhornResult",
@@ -32,4 +33,5 @@ __all__ = [
     "sinkhorn_points",
     "sinkhorn_ragged",
     "sqrtm",
+    "wasserstein_1d",
 ]
