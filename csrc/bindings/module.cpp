@@ -82,4 +82,5 @@ PYBIND11_MODULE(_C, module) {
     bind_cost_matrix(module);
     bind_sinkhorn(module);
     bind_sinkd(module);
+    bind_polar(module);
 }

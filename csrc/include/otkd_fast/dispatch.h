@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "otkd_fast/cost_matrix.h"
+#include "otkd_fast/polar.h"
 #include "otkd_fast/sinkhorn.h"
 
 namespace otkd_fast {
@@ -17,6 +18,8 @@ struct KernelsOf {
     void (*sinkhorn_fwd)(const SinkhornArgs<T>&);
     void (*sinkhorn_bwd)(const SinkhornArgs<T>&);
     int64_t (*sinkhorn_workspace_bytes)(const SinkhornArgs<T>&, bool backward);
+    void (*polar_fwd)(const PolarArgs<T>&);
+    int64_t (*polar_workspace_bytes)(const PolarArgs<T>&);
 };
 
 struct Kernels {
