@@ -20,10 +20,10 @@ PolarArgs<T> polar_args(Address matrix, Address polar, Address nuclear_norm, Add
     return args;
 }
 
-int64_t polar_workspace(int dtype, int64_t n, int64_t m, int threads) {
+int64_t polar_workspace(int dtype, int64_t batch, int64_t n, int64_t m, int threads) {
     return with_type(dtype, [&](auto type) {
         using T = decltype(type);
-        return kernels().of<T>().polar_workspace_bytes(polar_args<T>(0, 0, 0, 0, 1, n, m, 0, threads));
+        return kernels().of<T>().polar_workspace_bytes(polar_args<T>(0, 0, 0, 0, batch, n, m, 0, threads));
     });
 }
 

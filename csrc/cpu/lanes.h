@@ -16,15 +16,14 @@ constexpr int kLaneRows = 4, kLaneColumns = 4;
 constexpr int kLaneRows = 2, kLaneColumns = 4;
 #endif
 
-// A matrix in every lane; strides in vectors, so that the transpose is another view.
+// A matrix in every lane, rows one after the other.
 template <class T>
 struct Lanes {
     T* data;
-    int64_t row_stride, column_stride;
-    T* at(int64_t i, int64_t j) const { return data + (i * row_stride + j * column_stride) * width<T>; }
+    int64_t columns;
+    T* at(int64_t i, int64_t j) const { return data + (i * columns + j) * width<T>; }
     Vec<T> get(int64_t i, int64_t j) const { return load(at(i, j)); }
     void set(int64_t i, int64_t j, Vec<T> v) const { store(at(i, j), v); }
-    Lanes transposed() const { return {data, column_stride, row_stride}; }
 };
 
 // `count` matrices of `entries` entries, `stride` apart, into lanes; lanes beyond get zeros.
@@ -48,18 +47,28 @@ OTKD_INLINE void with_count(int64_t count, const Body& body) {
     body(std::integral_constant<int, kMost>{});
 }
 
-// finish(sum, i, j) of entries [i, i + kRows) x [j, j + kColumns) of A B, depth [0, depth).
-template <class T, int kRows, int kColumns, class Finish>
+// finish(sum, i, j) of entries [i, i + kRows) x [j, j + kColumns) of A^T B (kTransposeA) or A B; depth is at least 1.
+template <class T, bool kTransposeA, int kRows, int kColumns, class Finish>
 OTKD_INLINE void lane_tile(const Lanes<T>& a, const Lanes<T>& b, int64_t i, int64_t j, int64_t depth, const Finish& finish) {
-    Vec<T> acc[kRows][kColumns] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-        Vec<T> row[kColumns];
-        for (int c = 0; c < kColumns; ++c) row[c] = b.get(k, j + c);
-        for (int r = 0; r < kRows; ++r) {
-            const Vec<T> left = a.get(i + r, k);
-            for (int c = 0; c < kColumns; ++c) acc[r][c] += left * row[c];
-        }
+    constexpr int64_t vector = width<T>;
+    const int64_t row_step = kTransposeA ? vector : a.columns * vector, depth_step = kTransposeA ? a.columns * vector : vector;
+    const T* left = kTransposeA ? a.at(0, i) : a.at(i, 0);
+    const T* right = b.at(0, j);
+    Vec<T> acc[kRows][kColumns];
+    for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kColumns; ++c) acc[r][c] = Vec<T>{};
     }
+    int64_t k = 0;
+    do {
+        Vec<T> row[kColumns];
+        for (int c = 0; c < kColumns; ++c) row[c] = load(right + c * vector);
+        for (int r = 0; r < kRows; ++r) {
+            const Vec<T> factor = load(left + r * row_step);
+            for (int c = 0; c < kColumns; ++c) acc[r][c] += factor * row[c];
+        }
+        left += depth_step;
+        right += b.columns * vector;
+    } while (++k < depth);
     for (int r = 0; r < kRows; ++r) {
         for (int c = 0; c < kColumns; ++c) finish(acc[r][c], i + r, j + c);
     }
@@ -74,14 +83,14 @@ void multiply(const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c, int64_t r
         with_count<kLaneRows>(rows - i, [&](auto r) {
             for (int64_t j = 0; j < columns; j += kLaneColumns) {
                 with_count<kLaneColumns>(columns - j, [&](auto s) {
-                    lane_tile<T, decltype(r)::value, decltype(s)::value>(a, b, i, j, depth, put);
+                    lane_tile<T, false, decltype(r)::value, decltype(s)::value>(a, b, i, j, depth, put);
                 });
             }
         });
     }
 }
 
-// The same where the result, (size, size), is symmetric: the tiles that touch the lower triangle, mirrored.
+// C = A^T B where that is symmetric, (size, size): the tiles that touch the lower triangle, mirrored.
 template <class T, class Finish>
 void multiply_symmetric(const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c, int64_t size, int64_t depth,
                         const Finish& finish) {
@@ -94,7 +103,7 @@ void multiply_symmetric(const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c,
         with_count<kLaneRows>(size - i, [&](auto r) {
             for (int64_t j = 0; j < i + r; j += kLaneColumns) {
                 with_count<kLaneColumns>(size - j, [&](auto s) {
-                    lane_tile<T, decltype(r)::value, decltype(s)::value>(a, b, i, j, depth, put);
+                    lane_tile<T, true, decltype(r)::value, decltype(s)::value>(a, b, i, j, depth, put);
                 });
             }
         });

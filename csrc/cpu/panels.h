@@ -82,7 +82,10 @@ void tile(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t i,
           bool first, bool last, const Finish& finish) {
     const int64_t stride = a.stride();
     const T* left = a.data + (kTransposeA ? i / kPanel<T> * stride + i % kPanel<T> : i * kPanel<T>);
-    Vec<T> acc[kTile][kPanels * kPanelVectors<T>] = {};
+    Vec<T> acc[kTile][kPanels * kPanelVectors<T>];
+    for (int r = 0; r < kTile; ++r) {
+        for (int v = 0; v < kPanels * kPanelVectors<T>; ++v) acc[r][v] = Vec<T>{};
+    }
     accumulate<T, kTransposeA, kPanels>(left, b.data + p * stride, stride, begin, end, acc);
     for (int r = 0; r < kTile; ++r) {
         for (int v = 0; v < kPanels * kPanelVectors<T>; ++v) {

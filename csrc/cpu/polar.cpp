@@ -5,7 +5,7 @@
 // p is a composition of odd quintics (polar_schedule.h) on K / bound(|K|), then one cubic step, which squares the error of p
 // and so that of <K, P>, summed in double. K is scaled by a power of two first: no size of K overflows or vanishes.
 // Only products: 2 k m^2 (n + (n + m) / 2) operations for k steps, n >= m (a wide K is transposed as it is read).
-// Two ways: matrices up to kLaneSize, one a lane (lanes.h); larger ones by panels (panels.h), a matrix a thread, those that do not
+// Two ways: matrices up to kLaneSize where they fill half a vector, one a lane (lanes.h); others by panels (panels.h), a matrix a thread, those that do not
 // come out even and single ones by all threads together. The bits do not depend on the number of threads.
 #include "otkd_fast/polar.h"
 
@@ -18,27 +18,28 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
-constexpr int64_t kLaneSize = 16;
+constexpr int64_t kLaneSize = 24;
 constexpr int64_t kParallelWork = 500 * 1000;  // multiply-adds, about 10 us of one thread
 
 template <class T>
 struct Shape {
     int64_t n, m;  // n >= m
-    bool transposed;
+    bool transposed, in_lanes;
     explicit Shape(const PolarArgs<T>& args)
-        : n(args.n < args.m ? args.m : args.n), m(args.n < args.m ? args.n : args.m), transposed(args.n < args.m) {}
+        : n(args.n < args.m ? args.m : args.n), m(args.n < args.m ? args.n : args.m), transposed(args.n < args.m),
+          in_lanes(n <= kLaneSize && 2 * args.batch >= width<T>) {}
     int64_t entries() const { return n * m; }
-    bool in_lanes() const { return n <= kLaneSize; }
 };
 
 template <class T>
 LanePolarIteration<T> lane_iteration(const Shape<T>& s, Arena& memory) {
-    T* x = memory.take<T>(s.entries() * width<T>);
-    T* spare = memory.take<T>(s.entries() * width<T>);
-    const Lanes<T> gram{memory.take<T>(s.m * s.m * width<T>), s.m, 1};
-    const Lanes<T> polynomial{memory.take<T>(s.m * s.m * width<T>), s.m, 1};
-    const Lanes<T> rows{x, s.transposed ? 1 : s.m, s.transposed ? s.n : 1};
-    return {rows, gram, polynomial, spare, s.n, s.m};
+    constexpr int64_t apart = 1344;  // bytes, so that no two matrices start at the same place of a page
+    Lanes<T> pieces[3];
+    for (Lanes<T>& piece : pieces) {
+        piece = {memory.take<T>(s.entries() * width<T>), s.m};
+        memory.take<unsigned char>(apart);
+    }
+    return {pieces[0], pieces[1], pieces[2], s.n, s.m};
 }
 
 template <class T>
@@ -52,7 +53,7 @@ PolarIteration<T> panel_iteration(const Shape<T>& s, Arena& memory) {
 template <class T>
 int64_t bytes_a_thread(const Shape<T>& s) {
     Arena counter{nullptr};
-    if (s.in_lanes()) lane_iteration(s, counter);
+    if (s.in_lanes) lane_iteration(s, counter);
     else panel_iteration(s, counter);
     return counter.used;
 }
@@ -94,14 +95,28 @@ void normalise_lanes(const LanePolarIteration<T>& it, double top) {
     for (int64_t k = 0; k < entries; ++k) store(it.x.data + k * width<T>, load(it.x.data + k * width<T>) * factor);
 }
 
+// out (columns, rows) = in (rows, columns)^T in every lane
+template <class T>
+void transpose_lanes(const T* in, T* out, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) store(out + (j * rows + i) * width<T>, load(in + (i * columns + j) * width<T>));
+    }
+}
+
 // Matrices [begin, begin + count), one in each lane.
 template <class T>
-void solve_lanes(const PolarArgs<T>& args, const PolarSchedule& schedule, LanePolarIteration<T> it, int64_t begin, int64_t count) {
-    const int64_t entries = it.n * it.m;
-    load_lanes(args.matrix + begin * entries, entries, count, entries, it.x.data);
+void solve_lanes(const PolarArgs<T>& args, const PolarSchedule& schedule, const Shape<T>& s, LanePolarIteration<T> it,
+                 int64_t begin, int64_t count) {
+    const int64_t entries = s.entries();
+    load_lanes(args.matrix + begin * entries, entries, count, entries, s.transposed ? it.gram.data : it.x.data);
+    if (s.transposed) transpose_lanes(it.gram.data, it.x.data, s.m, s.n);
     normalise_lanes(it, schedule.step[0].top);
     it.run(schedule);
     it.refine();
+    if (s.transposed) {
+        transpose_lanes(it.x.data, it.gram.data, s.n, s.m);
+        std::swap(it.x, it.gram);
+    }
     store_lanes(it.x.data, entries, count, entries, args.polar + begin * entries);
     for (int64_t index = begin; index < begin + count; ++index) {
         const T* matrix = args.matrix + index * entries;
@@ -160,10 +175,10 @@ void fwd(const PolarArgs<T>& args) {
     const int64_t bytes = bytes_a_thread(s);
     parallel(useful_threads(args, s, schedule), [&](const Team& team) {
         Arena own{args.workspace + team.rank * bytes};
-        if (s.in_lanes()) {
+        if (s.in_lanes) {
             const LanePolarIteration<T> it = lane_iteration(s, own);
             for (int64_t begin = team.rank * width<T>; begin < args.batch; begin += team.size * width<T>) {
-                solve_lanes(args, schedule, it, begin, args.batch - begin < width<T> ? args.batch - begin : width<T>);
+                solve_lanes(args, schedule, s, it, begin, args.batch - begin < width<T> ? args.batch - begin : width<T>);
             }
             return;
         }

@@ -46,29 +46,25 @@ struct PolarIteration {
     void refine(const Team& team) { step(1.5, -0.5, 0, team); }
 };
 
+// The same, a matrix in every lane.
 template <class T>
 struct LanePolarIteration {
-    Lanes<T> x, gram, polynomial;  // (n, m), (m, m), (m, m)
-    T* spare;                      // room for another x
+    Lanes<T> x, gram, polynomial;
     int64_t n, m;
 
     void step(double a, double b, double c) {
         const Vec<T> constant = splat(static_cast<T>(a)), linear = splat(static_cast<T>(b)), square = splat(static_cast<T>(c));
-        multiply_symmetric(x.transposed(), x, gram, m, n, [](Vec<T> sum, int64_t, int64_t) { return sum; });
         if (c == 0) {
-            for (int64_t i = 0; i < m; ++i) {
-                for (int64_t j = 0; j < m; ++j) polynomial.set(i, j, linear * gram.get(i, j));
-            }
+            multiply_symmetric(x, x, polynomial, m, n, [&](Vec<T> sum, int64_t, int64_t) { return linear * sum; });
         } else {
+            multiply_symmetric(x, x, gram, m, n, [](Vec<T> sum, int64_t, int64_t) { return sum; });
             multiply_symmetric(gram, gram, polynomial, m, m, [&](Vec<T> sum, int64_t i, int64_t j) {
                 return square * sum + linear * gram.get(i, j);
             });
         }
         for (int64_t i = 0; i < m; ++i) polynomial.set(i, i, polynomial.get(i, i) + constant);
-        Lanes<T> next{spare, x.row_stride, x.column_stride};
-        multiply(x, polynomial, next, n, m, m, [](Vec<T> sum, int64_t, int64_t) { return sum; });
-        spare = x.data;
-        x = next;
+        multiply(x, polynomial, gram, n, m, m, [](Vec<T> sum, int64_t, int64_t) { return sum; });
+        std::swap(x, gram);
     }
 
     void run(const PolarSchedule& schedule) {

@@ -19,12 +19,11 @@ def _cpu(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     P, nuclear_norm = _fake(K, steps)
     if K.numel() == 0:
         return P, nuclear_norm.zero_()
-    code, threads = _library.dtype_code(K), torch.get_num_threads()
-    scratch = _library.workspace(native.polar_workspace(code, n, m, threads))
+    problems, code, threads = _library.product(batch), _library.dtype_code(K), torch.get_num_threads()
+    scratch = _library.workspace(native.polar_workspace(code, problems, n, m, threads))
     native.polar_fwd(
-        code, K.data_ptr(), P.data_ptr(), nuclear_norm.data_ptr(), scratch.data_ptr(), _library.product(batch), n, m,
-        steps, threads,
-    )  # fmt: skip
+        code, K.data_ptr(), P.data_ptr(), nuclear_norm.data_ptr(), scratch.data_ptr(), problems, n, m, steps, threads
+    )
     return P, nuclear_norm
 
 
