@@ -83,4 +83,5 @@ PYBIND11_MODULE(_C, module) {
     bind_sinkhorn(module);
     bind_sinkd(module);
     bind_polar(module);
+    bind_sqrtm(module);
 }

@@ -8,7 +8,8 @@ namespace {
 #define OTKD_FAST_KERNELS_OF(ISA)                                                  \
     {ISA::cost_matrix_fwd, ISA::cost_matrix_bwd, ISA::sinkhorn_fwd, ISA::sinkhorn_bwd, \
      ISA::sinkhorn_workspace_bytes,                                                \
-     ISA::polar_fwd, ISA::polar_workspace_bytes}
+     ISA::polar_fwd, ISA::polar_workspace_bytes,                                        \
+     ISA::sqrtm_fwd, ISA::sqrtm_bwd, ISA::sqrtm_workspace_bytes}
 #define OTKD_FAST_KERNELS(ISA) {#ISA, OTKD_FAST_KERNELS_OF(ISA), OTKD_FAST_KERNELS_OF(ISA)}
 
 const Kernels kBaseline = OTKD_FAST_KERNELS(baseline);

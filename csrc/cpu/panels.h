@@ -76,34 +76,64 @@ OTKD_INLINE void accumulate(const T* a, const T* b, int64_t stride, int64_t begi
     }
 }
 
+// The depth [begin, end) that the entries of a block of rows and a group of panels need.
+struct Span {
+    int64_t begin, end;
+};
+
+// Spans by first row of the block and end of the group's columns: of full factors, of products U^T B with B upper triangular
+// (lower half wanted) and of products L^T B with L lower triangular, or U B with U upper triangular.
+struct FullDepth {
+    int64_t depth;
+    Span operator()(int64_t, int64_t) const { return {0, depth}; }
+};
+struct UpperDepth {
+    int64_t depth;
+    Span operator()(int64_t, int64_t column_end) const { return {0, column_end < depth ? column_end : depth}; }
+};
+struct LowerDepth {
+    int64_t depth;
+    Span operator()(int64_t row, int64_t) const { return {row, depth}; }
+};
+
+// The part of a span that lies in [k, k + kDepth), and whether it is the first, the last one.
+struct Slice {
+    int64_t begin, end;
+    bool first, last;
+    Slice(Span span, int64_t k)
+        : begin(span.begin > k ? span.begin : k), end(span.end < k + kDepth ? span.end : k + kDepth),
+          first(begin == span.begin), last(end == span.end) {}
+    bool empty() const { return begin >= end; }
+};
+
 // Rows [i, i + kTile) of kPanels panels of the result from panel p on; finish(sum, offset) gives what is stored at an offset.
 template <class T, bool kTransposeA, int kPanels, class Finish>
-void tile(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t i, int64_t p, int64_t begin, int64_t end,
-          bool first, bool last, const Finish& finish) {
+void tile(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t i, int64_t p, const Slice& slice,
+          const Finish& finish) {
     const int64_t stride = a.stride();
     const T* left = a.data + (kTransposeA ? i / kPanel<T> * stride + i % kPanel<T> : i * kPanel<T>);
     Vec<T> acc[kTile][kPanels * kPanelVectors<T>];
     for (int r = 0; r < kTile; ++r) {
         for (int v = 0; v < kPanels * kPanelVectors<T>; ++v) acc[r][v] = Vec<T>{};
     }
-    accumulate<T, kTransposeA, kPanels>(left, b.data + p * stride, stride, begin, end, acc);
+    accumulate<T, kTransposeA, kPanels>(left, b.data + p * stride, stride, slice.begin, slice.end, acc);
     for (int r = 0; r < kTile; ++r) {
         for (int v = 0; v < kPanels * kPanelVectors<T>; ++v) {
             const int64_t offset = (p + v / kPanelVectors<T>) * stride + (i + r) * kPanel<T> + v % kPanelVectors<T> * width<T>;
             Vec<T> sum = acc[r][v];
-            if (!first) sum += load(c.data + offset);
-            store(c.data + offset, last ? finish(sum, offset) : sum);
+            if (!slice.first) sum += load(c.data + offset);
+            store(c.data + offset, slice.last ? finish(sum, offset) : sum);
         }
     }
 }
 
 template <class T, bool kTransposeA, class Finish>
 void tiles(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t i0, int64_t i1, int64_t p, int64_t panels,
-           int64_t begin, int64_t end, bool first, bool last, const Finish& finish) {
+           const Slice& slice, const Finish& finish) {
     for (int64_t i = i0; i < i1; i += kTile) {
-        if (kGroup >= 3 && panels == 3) tile<T, kTransposeA, kGroup>(a, b, c, i, p, begin, end, first, last, finish);
-        else if (kGroup >= 2 && panels == 2) tile<T, kTransposeA, kGroup >= 2 ? 2 : 1>(a, b, c, i, p, begin, end, first, last, finish);
-        else tile<T, kTransposeA, 1>(a, b, c, i, p, begin, end, first, last, finish);
+        if (panels == 1) tile<T, kTransposeA, 1>(a, b, c, i, p, slice, finish);
+        else if (panels < kGroup) tile<T, kTransposeA, kGroup - 1 + (kGroup == 1)>(a, b, c, i, p, slice, finish);
+        else tile<T, kTransposeA, kGroup>(a, b, c, i, p, slice, finish);
     }
 }
 
@@ -114,18 +144,18 @@ inline int64_t group_at(int64_t p, int64_t panels) {
     return left < 2 * kGroup ? (left + 1) / 2 : kGroup;
 }
 
-// C = A B, (rows, columns) of depth `depth`; the caller waits for the team.
-template <class T, class Finish>
-void multiply(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t rows, int64_t columns, int64_t depth,
+// C = A B, (rows, columns); the caller waits for the team.
+template <class T, class Depth, class Finish>
+void multiply(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t rows, int64_t columns, Depth depth,
               const Team& team, const Finish& finish) {
     const int64_t panels = panels_of<T>(columns);
     for (int64_t p = 0, count; p < panels; p += count) {
         count = group_at(p, panels);
-        for (int64_t k = 0; k < depth; k += kDepth) {
-            const int64_t end = k + kDepth < depth ? k + kDepth : depth;
+        for (int64_t k = 0; k < depth.depth; k += kDepth) {
             for (int64_t i = team.rank * kPanel<T>; i < rows; i += team.size * kPanel<T>) {
-                const int64_t i1 = i + kPanel<T> < rows ? i + kPanel<T> : rows;
-                tiles<T, false>(a, b, c, i, i1, p, count, k, end, k == 0, end == depth, finish);
+                const Slice slice(depth(i, (p + count) * kPanel<T>), k);
+                if (slice.empty()) continue;
+                tiles<T, false>(a, b, c, i, i + kPanel<T> < rows ? i + kPanel<T> : rows, p, count, slice, finish);
             }
         }
     }
@@ -141,23 +171,21 @@ void mirror(const Panels<T>& c, int64_t i, int64_t j) {
     }
 }
 
-// C = A^T B where that is symmetric, (size, size) of depth `depth`; the caller waits for the team.
-template <class T, class Finish>
-void multiply_symmetric(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t size, int64_t depth,
+// C = A^T B where that is symmetric, (size, size); the caller waits for the team.
+template <class T, class Depth, class Finish>
+void multiply_symmetric(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t size, Depth depth,
                         const Team& team, const Finish& finish) {
     const int64_t panels = panels_of<T>(size);
     for (int64_t p = 0, count; p < panels; p += count) {
         count = group_at(p, panels);
-        for (int64_t k = 0; k < depth; k += kDepth) {
-            const int64_t end = k + kDepth < depth ? k + kDepth : depth;
+        for (int64_t k = 0; k < depth.depth; k += kDepth) {
             for (int64_t q = p; q < panels; ++q) {
                 if (q % team.size != team.rank) continue;
-                const int64_t i = q * kPanel<T>, i1 = i + kPanel<T> < size ? i + kPanel<T> : size;
-                const int64_t lower = q - p + 1 < count ? q - p + 1 : count;
-                tiles<T, true>(a, b, c, i, i1, p, lower, k, end, k == 0, end == depth, finish);
-                for (int64_t s = p; end == depth && s < p + lower && s < q; ++s) {
-                    mirror(c, i, s * kPanel<T>);
-                }
+                const int64_t i = q * kPanel<T>, lower = q - p + 1 < count ? q - p + 1 : count;
+                const Slice slice(depth(i, (p + lower) * kPanel<T>), k);
+                if (slice.empty()) continue;
+                tiles<T, true>(a, b, c, i, i + kPanel<T> < size ? i + kPanel<T> : size, p, lower, slice, finish);
+                for (int64_t s = p; slice.last && s < p + lower && s < q; ++s) mirror(c, i, s * kPanel<T>);
             }
         }
     }

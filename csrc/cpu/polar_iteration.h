@@ -17,33 +17,38 @@ struct PolarIteration {
     Panels<T> x, gram, polynomial;
     int64_t n, m;
 
-    // gram = X^T X; polynomial = b X^T X + c (X^T X)^2, or b X^T X alone; the diagonal gets a
-    void step(double a, double b, double c, const Team& team) {
+    // gram = X^T X; polynomial = b X^T X + c (X^T X)^2, or b X^T X alone; the diagonal gets a; X <- X polynomial.
+    // `inner` is the depth of X^T X, `outer` that of X times the polynomial.
+    template <class Inner, class Outer>
+    void step(double a, double b, double c, Inner inner, Outer outer, const Team& team) {
         const Vec<T> linear = splat(static_cast<T>(b)), square = splat(static_cast<T>(c));
         if (c == 0) {
-            multiply_symmetric(x, x, polynomial, m, n, team, [&](Vec<T> sum, int64_t) { return linear * sum; });
+            multiply_symmetric(x, x, polynomial, m, inner, team, [&](Vec<T> sum, int64_t) { return linear * sum; });
         } else {
-            multiply_symmetric(x, x, gram, m, n, team, [](Vec<T> sum, int64_t) { return sum; });
+            multiply_symmetric(x, x, gram, m, inner, team, [](Vec<T> sum, int64_t) { return sum; });
             team.barrier();
-            multiply_symmetric(gram, gram, polynomial, m, m, team, [&](Vec<T> sum, int64_t at) {
+            multiply_symmetric(gram, gram, polynomial, m, FullDepth{m}, team, [&](Vec<T> sum, int64_t at) {
                 return square * sum + linear * load(gram.data + at);
             });
         }
         add_to_diagonal(polynomial, m, static_cast<T>(a), team);
         team.barrier();
-        multiply(x, polynomial, gram, n, m, m, team, [](Vec<T> sum, int64_t) { return sum; });
+        multiply(x, polynomial, gram, n, m, outer, team, [](Vec<T> sum, int64_t) { return sum; });
         team.barrier();
         std::swap(x, gram);
     }
 
-    void run(const PolarSchedule& schedule, const Team& team) {
+    // X upper triangular, to begin with, or any
+    void run(const PolarSchedule& schedule, bool upper, const Team& team) {
         for (int k = 0; k < schedule.count; ++k) {
-            step(schedule.step[k].a, schedule.step[k].b, schedule.step[k].c, team);
+            const PolarStep& s = schedule.step[k];
+            if (k == 0 && upper) step(s.a, s.b, s.c, UpperDepth{n}, LowerDepth{m}, team);
+            else step(s.a, s.b, s.c, FullDepth{n}, FullDepth{m}, team);
         }
     }
 
     // The cubic step of Newton and Schulz: an error e of a singular value becomes 1.5 e^2.
-    void refine(const Team& team) { step(1.5, -0.5, 0, team); }
+    void refine(const Team& team) { step(1.5, -0.5, 0, FullDepth{n}, FullDepth{m}, team); }
 };
 
 // The same, a matrix in every lane.

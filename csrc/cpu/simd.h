@@ -253,6 +253,17 @@ OTKD_INLINE bool any(VecInt<T> mask) {
     return bits != 0;
 }
 
+#if defined(__AVX512F__)
+template <>
+OTKD_INLINE bool any<float>(VecInt<float> mask) {
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+}
+template <>
+OTKD_INLINE bool any<double>(VecInt<double> mask) {
+    return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+}
+#endif
+
 // exp(scale * d) for a scale held as log2(e) * scale = hi + lo: the product is rounded once, so the result
 // keeps full relative accuracy down to the underflow. Below the smallest normal number it is 0; NaN stays NaN.
 template <class T>

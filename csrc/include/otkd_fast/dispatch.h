@@ -7,6 +7,7 @@
 #include "otkd_fast/cost_matrix.h"
 #include "otkd_fast/polar.h"
 #include "otkd_fast/sinkhorn.h"
+#include "otkd_fast/sqrtm.h"
 
 namespace otkd_fast {
 
@@ -20,6 +21,9 @@ struct KernelsOf {
     int64_t (*sinkhorn_workspace_bytes)(const SinkhornArgs<T>&, bool backward);
     void (*polar_fwd)(const PolarArgs<T>&);
     int64_t (*polar_workspace_bytes)(const PolarArgs<T>&);
+    void (*sqrtm_fwd)(const SqrtmArgs<T>&);
+    void (*sqrtm_bwd)(const SqrtmArgs<T>&);
+    int64_t (*sqrtm_workspace_bytes)(const SqrtmArgs<T>&, bool backward);
 };
 
 struct Kernels {
