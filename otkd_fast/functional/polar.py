@@ -13,14 +13,14 @@ from ._matrices import check_not_empty, in_float32
 from ._validate import check_tensor
 from ._value_and_gradients import only_first_derivative
 
-STEPS = {torch.float32: 11, torch.float64: 28}
+STEPS = {torch.float32: 11, torch.float64: 21}
 
 
 def polar(K: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     r"""Polar factor P = U V^T and nuclear norm sum s = <K, P> of matrices K = U diag(s) V^T.
 
     A composition of odd quintic polynomials of K, which needs products of matrices only, takes every singular value
-    above 1e-5 (float64: 3e-14) of the largest to 1; smaller ones are damped towards 0. K = 0 has P = 0.
+    above 1e-5 (float64: 1e-10) of the largest to 1; smaller ones are damped towards 0. K = 0 has P = 0.
 
     Gradients: that of the nuclear norm is P. P itself is not differentiated: backward through it raises.
 
