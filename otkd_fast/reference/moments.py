@@ -34,13 +34,16 @@ def feature_moments(
     """
     means, variances = [], []
     for cell in itertools.product(*map(range, grid)):
-        part = x
+        part = x.double()
         for axis, index, count in zip(dim, cell, grid, strict=True):
             part = part[(slice(None),) * axis + (window(index, count, x.shape[axis]),)]
-        variance, mean = torch.var_mean(part, dim=tuple(dim), correction=int(unbiased))
-        means.append(mean)
-        variances.append(variance)
-    return _placed(means, dim, grid), _root(_placed(variances, dim, grid) + eps)
+        origin = part.detach()  # its first element: deviations from it are exactly 0 where the window is constant
+        for axis in dim:
+            origin = origin.narrow(axis, 0, 1)
+        means.append(part.mean(tuple(dim)))
+        variances.append((part - origin).var(tuple(dim), correction=int(unbiased)))
+    std = _root(_placed(variances, dim, grid) + eps)
+    return _placed(means, dim, grid).to(x.dtype), std.to(x.dtype)
 
 
 def _placed(cells: list[Tensor], dim: Sequence[int], grid: Sequence[int]) -> Tensor:

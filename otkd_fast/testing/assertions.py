@@ -71,10 +71,9 @@ def assert_norm_close(actual: Tensor, expected: Tensor, bound: float, *, context
     wrong = ~(error <= bound * size)
     if wrong.any():
         worst = int((error / size).nan_to_num(nan=torch.inf).argmax())
-        raise AssertionError(
-            f"{context}: matrix {worst} of {wrong.numel()} is off by {float(error[worst] / size[worst]):.3e} > {bound:g}; "
-            f"{int(wrong.sum())} are"
-        )
+        off = float(error[worst] / size[worst])
+        count = f"{int(wrong.sum())} of {wrong.numel()} matrices are"
+        raise AssertionError(f"{context}: matrix {worst} is off by {off:.3e} > {bound:g}; {count}")
 
 
 def assert_potentials_equivalent(

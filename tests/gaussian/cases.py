@@ -43,7 +43,7 @@ def bures(A, B):
 
 
 def feature_pair(n, m, d, generator, batch=(), dtype=torch.float64, noise=0.5):
-    """Features of a teacher x (*batch, n, d) and of a student y (*batch, m, d) that resembles it, rounded to `dtype`."""
+    """Features of a teacher x (*batch, n, d) and of a student y (*batch, m, d) that resembles it."""
     mixing = torch.randn(d, d, generator=generator, dtype=torch.float64)
     x, y = (feature_rows(*batch, rows, d, generator=generator, mixing=mixing) for rows in (n, m))
     y = y + noise * torch.randn(*batch, m, d, generator=generator, dtype=torch.float64)

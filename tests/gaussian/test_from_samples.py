@@ -115,7 +115,14 @@ def test_degenerate_features(backend, dtype, shape, generator):
     dead = y.clone()
     dead[:, : d // 2] = 0.25
     constant, zero = torch.full_like(x, 3.0), torch.zeros_like(x)
-    pairs = [(x, x[:m] if m <= n else x), (constant, y), (zero, y), (zero, zero[:m]), (constant, constant[:m]), (x, dead)]
+    pairs = [
+        (x, x[:m] if m <= n else x),
+        (constant, y),
+        (zero, y),
+        (zero, zero[:m]),
+        (constant, constant[:m]),
+        (x, dead),
+    ]
     for left, right in pairs:
         left, right = left.clone().requires_grad_(), right.clone().requires_grad_()
         value = distance(left, right, backend)
