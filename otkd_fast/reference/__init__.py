@@ -1,9 +1,27 @@
 """Plain PyTorch implementations: the oracle of the tests and the backend that runs everywhere.
 
-Every function is differentiable by ordinary autograd, works in float64 and needs no compiled code.
+They work in float64 and need no compiled code. Every function is differentiable by ordinary autograd, except those on
+matrix roots (polar, sqrtm, bures, wasserstein_from_samples), which return their gradients or have an adjoint.
 """
 
 from .cost_matrix import cost_matrix
+from .gaussian import bures, gaussian_kl, gaussian_kl_diagonal, wasserstein_from_samples
+from .moments import feature_moments, window
+from .polar import polar
 from .sinkhorn import SinkhornOutputs, sinkhorn
+from .sqrtm import sqrtm_bwd, sqrtm_fwd
 
-__all__ = ["SinkhornOutputs", "cost_matrix", "sinkhorn"]
+__all__ = [
+    "SinkhornOutputs",
+    "bures",
+    "cost_matrix",
+    "feature_moments",
+    "gaussian_kl",
+    "gaussian_kl_diagonal",
+    "polar",
+    "sinkhorn",
+    "sqrtm_bwd",
+    "sqrtm_fwd",
+    "wasserstein_from_samples",
+    "window",
+]
