@@ -34,5 +34,7 @@ void bind_cost_matrix(pybind11::module_& module);
 void bind_sinkhorn(pybind11::module_& module);
 void bind_sinkhorn_shared(pybind11::module_& module);
 void bind_sinkd(pybind11::module_& module);
+void bind_polar(pybind11::module_& module);
+void bind_sqrtm(pybind11::module_& module);
 
 }  // namespace otkd_fast

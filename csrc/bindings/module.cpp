@@ -83,4 +83,6 @@ PYBIND11_MODULE(_C, module) {
     bind_sinkhorn(module);
     bind_sinkhorn_shared(module);
     bind_sinkd(module);
+    bind_polar(module);
+    bind_sqrtm(module);
 }

@@ -7,8 +7,10 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 on its own AVX-512 header
 #endif
@@ -114,6 +116,32 @@ OTKD_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
     return a < b ? a : b;
 }
 
+template <class T>
+OTKD_INLINE Vec<T> sqrt(Vec<T> v) {
+    for (int i = 0; i < width<T>; ++i) v[i] = std::sqrt(v[i]);
+    return v;
+}
+
+#if defined(__AVX512F__)
+template <>
+OTKD_INLINE Vec<float> sqrt<float>(Vec<float> v) {
+    return (Vec<float>)_mm512_sqrt_ps((__m512)v);
+}
+template <>
+OTKD_INLINE Vec<double> sqrt<double>(Vec<double> v) {
+    return (Vec<double>)_mm512_sqrt_pd((__m512d)v);
+}
+#elif defined(__AVX2__)
+template <>
+OTKD_INLINE Vec<float> sqrt<float>(Vec<float> v) {
+    return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+}
+template <>
+OTKD_INLINE Vec<double> sqrt<double>(Vec<double> v) {
+    return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
+}
+#endif
+
 // sign(d), with sign(0) = 0.
 template <class T>
 OTKD_INLINE Vec<T> sign(Vec<T> d) {
@@ -179,32 +207,40 @@ OTKD_INLINE double largest<double>(Vec<double> v) {
 }
 #endif
 
-// out (columns, rows) = in (rows, columns)^T, strides in elements; 4 x 4 blocks in registers where the compiler can.
+// out (4, 4) = in (4, 4)^T, strides in elements; in registers where the compiler can.
 template <class T>
-void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
-    int64_t i = 0;
+OTKD_INLINE void transpose_4x4(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
     typedef T V4 __attribute__((vector_size(4 * sizeof(T))));
+    V4 r[4];
+    for (int k = 0; k < 4; ++k) std::memcpy(&r[k], in + k * in_stride, sizeof(V4));
+    const V4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+    const V4 c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+    r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+    r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+    r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+    r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+    for (int k = 0; k < 4; ++k) std::memcpy(out + k * out_stride, &r[k], sizeof(V4));
+    return;
+#endif
+#endif
+    for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) out[j * out_stride + i] = in[i * in_stride + j];
+    }
+}
+
+// out (columns, rows) = in (rows, columns)^T, strides in elements.
+template <class T>
+void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
+    int64_t i = 0;
     for (; i + 4 <= rows; i += 4) {
         int64_t j = 0;
-        for (; j + 4 <= columns; j += 4) {
-            V4 r[4];
-            for (int k = 0; k < 4; ++k) std::memcpy(&r[k], in + (i + k) * in_stride + j, sizeof(V4));
-            const V4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-            const V4 c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-            r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-            r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-            r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-            r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-            for (int k = 0; k < 4; ++k) std::memcpy(out + (j + k) * out_stride + i, &r[k], sizeof(V4));
-        }
+        for (; j + 4 <= columns; j += 4) transpose_4x4(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
         for (; j < columns; ++j) {
             for (int k = 0; k < 4; ++k) out[j * out_stride + i + k] = in[(i + k) * in_stride + j];
         }
     }
-#endif
-#endif
     for (; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
     }
@@ -216,6 +252,17 @@ OTKD_INLINE bool any(VecInt<T> mask) {
     for (int i = 0; i < width<T>; ++i) bits |= mask[i];
     return bits != 0;
 }
+
+#if defined(__AVX512F__)
+template <>
+OTKD_INLINE bool any<float>(VecInt<float> mask) {
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+}
+template <>
+OTKD_INLINE bool any<double>(VecInt<double> mask) {
+    return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+}
+#endif
 
 // exp(scale * d) for a scale held as log2(e) * scale = hi + lo: the product is rounded once, so the result
 // keeps full relative accuracy down to the underflow. Below the smallest normal number it is 0; NaN stays NaN.

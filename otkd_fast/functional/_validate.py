@@ -58,6 +58,11 @@ def positive_float(name: str, value: float) -> float:
     return value
 
 
+def not_negative_float(name: str, value: float) -> float:
+    """`value` as a float that is finite and >= 0."""
+    return 0.0 if type(value) in (int, float) and value == 0 else positive_float(name, value)
+
+
 def positive_int(name: str, value: int) -> int:
     """`value` as an int >= 1."""
     if type(value) is not int:

@@ -7,7 +7,9 @@ import torch
 
 from . import _library
 
-OPTIONS = "float epsilon, int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, bool update_a_first"
+OPTIONS = (
+    "float epsilon, int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, bool update_a_first"
+)
 SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 GRADS = "Tensor? grad_transport_cost, Tensor? grad_regularized_cost, Tensor? grad_f, Tensor? grad_g"
 

@@ -62,9 +62,7 @@ class _History:
 
     def __init__(self, history: Tensor, cost: Tensor, batch: int, num_iters: int, keep: int) -> None:
         together, apart = _history_parts(cost, batch, num_iters, keep)
-        self.method, self.num_iters, self.together, apart_part = history.split(
-            (batch, batch, together, batch * apart)
-        )
+        self.method, self.num_iters, self.together, apart_part = history.split((batch, batch, together, batch * apart))
         self.apart = apart_part.view(batch, apart)
 
 
@@ -118,7 +116,11 @@ def _solve(
     call.marginal_error, call.iterations = address(marginal_error), address(count)
     call.f, call.g = address(f), address(g)
     if keep:
-        call.blocks, call.apart, call.apart_stride = address(parts.together), address(parts.apart), parts.apart.stride(0)
+        call.blocks, call.apart, call.apart_stride = (
+            address(parts.together),
+            address(parts.apart),
+            parts.apart.stride(0),
+        )
     problems, call.count = None, call.batch
     for method in (FLOAT, DOUBLE)[cost.dtype is torch.float64 :]:
         call.method, call.problems = method, address(problems)
@@ -207,7 +209,9 @@ def _differentiate(
     call.blocks, call.apart, call.apart_stride = address(parts.together), address(parts.apart), parts.apart.stride(0)
     call.grad_transport_cost, call.grad_regularized_cost = address(incoming[0]), address(incoming[1])
     call.grad_f, call.grad_g = address(incoming[2]), address(incoming[3])
-    call.grad_cost, call.grad_a, call.grad_b = (address(grad) if grad.numel() else 0 for grad in (grad_cost, grad_a, grad_b))
+    call.grad_cost, call.grad_a, call.grad_b = (
+        address(grad) if grad.numel() else 0 for grad in (grad_cost, grad_a, grad_b)
+    )
     scratch = _library.workspace(call.workspace_bytes(True))
     call.workspace = address(scratch)
     call.backward()

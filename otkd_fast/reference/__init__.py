@@ -1,10 +1,30 @@
 """Plain PyTorch implementations: the oracle of the tests and the backend that runs everywhere.
 
-Every function is differentiable by ordinary autograd, works in float64 and needs no compiled code.
+They work in float64 and need no compiled code. Every function is differentiable by ordinary autograd, except those on
+matrix roots (polar, sqrtm, bures, wasserstein_from_samples), which return their gradients or have an adjoint.
 """
 
 from .cost_matrix import cost_matrix
+from .gaussian import bures, gaussian_kl, gaussian_kl_diagonal, wasserstein_from_samples
+from .moments import feature_moments, window
+from .polar import polar
 from .sinkhorn import SinkhornOutputs, sinkhorn
 from .sinkhorn_ragged import cost_matrix_ragged, sinkhorn_ragged
+from .sqrtm import sqrtm_bwd, sqrtm_fwd
 
-__all__ = ["SinkhornOutputs", "cost_matrix", "cost_matrix_ragged", "sinkhorn", "sinkhorn_ragged"]
+__all__ = [
+    "SinkhornOutputs",
+    "bures",
+    "cost_matrix",
+    "cost_matrix_ragged",
+    "feature_moments",
+    "gaussian_kl",
+    "gaussian_kl_diagonal",
+    "polar",
+    "sinkhorn",
+    "sinkhorn_ragged",
+    "sqrtm_bwd",
+    "sqrtm_fwd",
+    "wasserstein_from_samples",
+    "window",
+]

@@ -52,6 +52,30 @@ def assert_close(
         )
 
 
+def assert_norm_close(actual: Tensor, expected: Tensor, bound: float, *, context: str = "") -> None:
+    """|actual - expected| <= bound |expected| in the Frobenius norm of each matrix (..., n, m); NaN never passes.
+
+    Raises:
+        AssertionError: with the worst matrix.
+
+    >>> import torch
+    >>> assert_norm_close(torch.eye(2), torch.eye(2, dtype=torch.float64), 1e-6)
+    """
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{context}: shape {tuple(actual.shape)} != {tuple(expected.shape)}")
+    expected = expected.detach().double().cpu()
+    unit = expected.abs().amax((-2, -1), keepdim=True)  # squares must not vanish
+    unit = torch.where(unit > 0, unit, 1)
+    difference = (actual.detach().double().cpu() - expected) / unit
+    error, size = (torch.linalg.matrix_norm(t).reshape(-1) for t in (difference, expected / unit))
+    wrong = ~(error <= bound * size)
+    if wrong.any():
+        worst = int((error / size).nan_to_num(nan=torch.inf).argmax())
+        off = float(error[worst] / size[worst])
+        count = f"{int(wrong.sum())} of {wrong.numel()} matrices are"
+        raise AssertionError(f"{context}: matrix {worst} is off by {off:.3e} > {bound:g}; {count}")
+
+
 def assert_potentials_equivalent(
     f: Tensor, g: Tensor, expected_f: Tensor, expected_g: Tensor, *, context: str = ""
 ) -> None:

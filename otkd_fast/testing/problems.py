@@ -101,3 +101,48 @@ def block_diagonal_problem(
         row, column = row + n, column + m
     problem = OTProblem(whole, torch.cat([block.a for block in blocks]), torch.cat([block.b for block in blocks]))
     return problem, blocks
+
+
+SPECTRA = (
+    "identity",
+    "rank one",
+    "rank d - 1",
+    "power law",
+    "two clusters",
+    *(f"geometric 1e{exponent}" for exponent in (2, 4, 6, 7, 8, 10, 12)),
+)
+
+
+def spectrum(name: str, d: int) -> Tensor:
+    """Eigenvalues (d,) in descending order, the largest 1, for a name in SPECTRA; 'geometric 1e4' has condition 1e4."""
+    index = torch.arange(d, dtype=torch.float64)
+    if name.startswith("geometric"):
+        return float(name.split()[1]) ** (-index / max(d - 1, 1))
+    return {
+        "identity": torch.ones_like(index),
+        "rank one": (index == 0).double(),
+        "rank d - 1": torch.where(index < d - 1, 1 / (1 + index / d), 0),
+        "power law": (1 + index) ** -2,
+        "two clusters": torch.where(index < d / 2, 1.0, 1e-4),
+    }[name]
+
+
+def covariance(
+    name: str, d: int, *, generator: torch.Generator, batch: tuple[int, ...] = (), scale: float = 1.0
+) -> Tensor:
+    """Exactly symmetric matrices (*batch, d, d) with ``scale * spectrum(name, d)`` and random eigenvectors."""
+    basis, _ = torch.linalg.qr(torch.randn(*batch, d, d, generator=generator, dtype=torch.float64))
+    matrix = (basis * (scale * spectrum(name, d))) @ basis.mT
+    return (matrix + matrix.mT) / 2
+
+
+def feature_rows(*shape: int, generator: torch.Generator, mixing: Tensor | None = None) -> Tensor:
+    """Rows (..., n, d) like those of a network's layer: rectified, correlated, spectrum of a power law.
+
+    `mixing` (d, d) makes several calls describe the same features; None: a new one.
+    """
+    d = shape[-1]
+    if mixing is None:
+        mixing = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    decay = torch.arange(1, d + 1, dtype=torch.float64) ** -0.7
+    return torch.relu((torch.randn(*shape, generator=generator, dtype=torch.float64) * decay) @ mixing)

@@ -36,7 +36,44 @@ TOLERANCES: dict[tuple[str, str], dict[torch.dtype, Tolerance]] = {
     # absolute, for a total mass of 1
     ("sinkhorn", "marginal_error"): {_F64: Tolerance(1e-9, 1e-12), _F32: Tolerance(1e-5, 1e-5)},
     ("sinkhorn", "gradient"): {_F64: Tolerance(1e-9, 1e-9), _F32: Tolerance(1e-4, 1e-4)},
+    # Matrix roots: rtol is in the Frobenius norm of each matrix of a batch, see assert_norm_close.
+    # for condition numbers of K up to 1e4
+    ("polar", "factor"): {_F64: Tolerance(1e-9, 0.0), _F32: Tolerance(1e-4, 0.0)},
+    ("polar", "nuclear_norm"): {_F64: Tolerance(1e-12, 0.0), _F32: Tolerance(1e-6, 0.0)},
+    # |S S - A| / |A| for condition numbers of A up to 1e8; the error of S itself is in root_tolerance
+    ("sqrtm", "residual"): {_F64: Tolerance(1e-12, 0.0), _F32: Tolerance(5e-6, 0.0)},
+    # for condition numbers of A up to 1e2; beyond, a fifth of the error of eigh and the Lyapunov formula in float32
+    ("sqrtm", "gradient"): {_F64: Tolerance(1e-10, 0.0), _F32: Tolerance(2e-5, 0.0)},
+    # in units of tr A + tr B
+    ("gaussian_wasserstein", "value"): {_F64: Tolerance(0.0, 1e-12), _F32: Tolerance(0.0, 1e-6)},
+    # for condition numbers of K up to 1e4
+    ("gaussian_wasserstein", "gradient"): {_F64: Tolerance(1e-9, 0.0), _F32: Tolerance(1e-4, 0.0)},
+    # from covariances, for condition numbers of A and B up to 1e4 (value: of any)
+    ("bures_distance", "value"): {_F64: Tolerance(0.0, 1e-12), _F32: Tolerance(0.0, 1e-6)},
+    ("bures_distance", "gradient"): {_F64: Tolerance(1e-9, 0.0), _F32: Tolerance(2e-4, 0.0)},
+    ("gaussian_kl", "value"): {_F64: Tolerance(1e-11, 1e-14), _F32: Tolerance(2e-7, 1e-14)},
+    ("gaussian_kl", "gradient"): {_F64: Tolerance(1e-10, 1e-10), _F32: Tolerance(1e-6, 1e-6)},
+    ("feature_moments", "mean"): {_F64: Tolerance(1e-14, 1e-14), _F32: Tolerance(5e-7, 5e-7)},
+    ("feature_moments", "std"): {_F64: Tolerance(1e-12, 0.0), _F32: Tolerance(2e-6, 0.0)},
+    ("feature_moments", "gradient"): {_F64: Tolerance(1e-12, 1e-12), _F32: Tolerance(5e-6, 5e-6)},
 }
+
+_UNIT = {_F64: 2.0**-53, _F32: 2.0**-24}  # of rounding
+
+
+def root_tolerance(dtype: torch.dtype, condition: float) -> float:
+    """Bound of |S - A^(1/2)| / |A^(1/2)|, Frobenius norms, for matrices of this condition number (inf: singular).
+
+    A perturbation of the entries of A by their rounding u alone moves the root by u sqrt(condition) / 2, and that of a
+    singular matrix by up to sqrt(u): the contract follows that law, and ends at 6 sqrt(u).
+
+    >>> import torch
+    >>> root_tolerance(torch.float32, 1e4)
+    2e-06
+    """
+    unit = _UNIT[dtype]
+    floor, slope = (2e-6, 0.2) if dtype == _F32 else (1e-13, 4.0)
+    return min(max(floor, slope * unit * condition**0.5), 6 * unit**0.5)
 
 
 def tolerance(op: str, quantity: str, dtype: torch.dtype) -> Tolerance:

@@ -54,7 +54,9 @@ def expected_of(problem, start, epsilon, options, update_a_first, gradient, grad
     return outputs, torch.autograd.grad(total, wanted, materialize_grads=True)
 
 
-def check(problem, options, *, dtype, range_, gradient, generator, update_a_first=True, start=(None, None), method=None):
+def check(
+    problem, options, *, dtype, range_, gradient, generator, update_a_first=True, start=(None, None), method=None
+):
     """`problem` has costs up to 1."""
     options, epsilon = DEFAULT | options, 1 / range_
     problem = [None if tensor is None else tensor.to(dtype) for tensor in problem]
@@ -73,7 +75,9 @@ def check(problem, options, *, dtype, range_, gradient, generator, update_a_firs
     assert len(found) == len(wanted)
     for k, name in enumerate(OUTPUTS):
         quantity = name if k < 2 else "potential"
-        assert_close(outputs[k], expected[k], "sinkhorn", quantity, scale=max(1, epsilon) if k > 1 else None, context=name)
+        assert_close(
+            outputs[k], expected[k], "sinkhorn", quantity, scale=max(1, epsilon) if k > 1 else None, context=name
+        )
     assert_close(outputs[4], expected.marginal_error, "sinkhorn", "marginal_error", scale=1.0)
     for grad, want, unit in zip(found, wanted, (1e-3, 1, 1), strict=False):
         assert_close(grad, want, "sinkhorn", "gradient", scale=max(float(want.abs().max()), unit), context=gradient)
@@ -151,7 +155,9 @@ def test_tiny_masses(name, dtype, generator):
     """Masses of a sharp softmax, down to 1e-30, between them exact zeros, beside forbidden pairs."""
     for range_ in (10, 100):
         cost, a, b = random_problem(12, 10, batch=(2,), zeros=True, infinite=True, generator=generator)
-        a, b = (torch.where(w > 0, (7 * torch.randn(w.shape, generator=generator)).double().exp() * w, w) for w in (a, b))
+        a, b = (
+            torch.where(w > 0, (7 * torch.randn(w.shape, generator=generator)).double().exp() * w, w) for w in (a, b)
+        )
         a[:, 0], b[:, 0] = 1e-30, 1e-29
         problem = (cost, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True))
         for gradient in ("envelope", "detach") if name == "auto" else ("envelope", "detach", "last_step"):

@@ -5,8 +5,10 @@
 #include <vector>
 
 #include "otkd_fast/cost_matrix.h"
+#include "otkd_fast/polar.h"
 #include "otkd_fast/sinkhorn.h"
 #include "otkd_fast/sinkhorn_shared.h"
+#include "otkd_fast/sqrtm.h"
 
 namespace otkd_fast {
 
@@ -21,6 +23,11 @@ struct KernelsOf {
     int64_t (*sinkhorn_shared_fwd)(const SinkhornSharedArgs<T>&);
     void (*sinkhorn_shared_bwd)(const SinkhornSharedArgs<T>&);
     int64_t (*sinkhorn_shared_workspace_bytes)(const SinkhornSharedArgs<T>&, bool backward);
+    void (*polar_fwd)(const PolarArgs<T>&);
+    int64_t (*polar_workspace_bytes)(const PolarArgs<T>&);
+    void (*sqrtm_fwd)(const SqrtmArgs<T>&);
+    void (*sqrtm_bwd)(const SqrtmArgs<T>&);
+    int64_t (*sqrtm_workspace_bytes)(const SqrtmArgs<T>&, bool backward);
 };
 
 struct Kernels {

@@ -1,0 +1,85 @@
+// Root of a semidefinite matrix by products: A = F^T F (cholesky.h, F upper triangular up to the order of the pivots),
+//
+//   U = polar(F):   A^(1/2) = U^T F,   A^(-1/2) = F^-1 U
+//
+// |F^-1| tells how small the singular values of F are, and so how many steps the polar iteration takes. About (4 k + 1) n^3 operations
+// for k steps, k = 7 at condition 1e4. F and its order come from one thread, everything else is shared by the team.
+#pragma once
+#include "otkd_fast/sqrtm.h"
+#include "polar_iteration.h"
+#include "triangular.h"
+
+namespace otkd_fast {
+namespace OTKD_ISA {
+namespace {
+
+template <class T>
+struct PolarRoot {
+    int64_t n;
+    Panels<T> factor, inverse, x, gram, polynomial;
+    Cholesky<T> cholesky;
+    double* facts;  // what rank 0 tells the team: Definiteness, norm of F, smallest singular value of F
+
+    PolarRoot(int64_t size, Arena& memory) : n(size), cholesky(size, memory), facts(memory.take<double>(3)) {
+        const int64_t rows = round_up(n, kPanel<T>);
+        for (Panels<T>* piece : {&factor, &inverse, &x, &gram, &polynomial}) *piece = {memory.take<T>(rows * rows), rows};
+    }
+
+    // polynomial = the root of 2^-exponent A or, of a definite one, its inverse, in the order of the pivots
+    Definiteness solve(const T* a, int exponent, bool inverse_root, const Team& team) {
+        factorize(a, exponent, team);
+        const Definiteness kind = static_cast<Definiteness>(static_cast<int>(facts[0]));
+        if (inverse_root && kind != Definiteness::definite) return kind;
+        const PolarSchedule schedule = polar_schedule_for<T>(facts[2] / facts[1]);
+        if (team.rank == 0) {
+            const int64_t entries = panels_of<T>(n) * factor.stride();
+            std::memset(gram.data, 0, entries * sizeof(T));
+            std::memset(polynomial.data, 0, entries * sizeof(T));
+            std::memcpy(x.data, factor.data, entries * sizeof(T));
+            scale_panels(x, n, n, static_cast<T>(schedule.step[0].top / facts[1]));
+        }
+        team.barrier();
+        PolarIteration<T> it{x, gram, polynomial, n, n};
+        it.run(schedule, true, team);
+        const auto keep = [](Vec<T> sum, int64_t) { return sum; };
+        if (inverse_root) multiply_symmetric(inverse, it.x, polynomial, n, LowerDepth{n}, team, keep);
+        else multiply_symmetric(it.x, factor, polynomial, n, UpperDepth{n}, team, keep);
+        team.barrier();
+        return kind;
+    }
+
+    // Of the eigenvalues of the root of 2^-exponent A; the lower one is 0 where A is not definite
+    double upper_bound() const { return facts[1]; }
+    double lower_bound() const { return facts[2]; }
+
+    // out (n, n) = the result times `scale`, in the order of A
+    void store(T* out, T scale) const {
+        const int64_t* order = cholesky.order;
+        for (int64_t j = 0; j < n; ++j) {
+            const T* column = polynomial.data + polynomial.offset(0, j);
+            for (int64_t i = 0; i < n; ++i) out[order[j] * n + order[i]] = column[i * kPanel<T>] * scale;
+        }
+    }
+
+  private:
+    void factorize(const T* a, int exponent, const Team& team) {
+        if (team.rank == 0) {
+            cholesky.read(a, exponent, 0);
+            facts[0] = static_cast<double>(cholesky.factorize());
+            store_factor(cholesky, factor);
+        }
+        team.barrier();
+        const bool definite = facts[0] == static_cast<double>(Definiteness::definite);
+        if (definite) invert_transposed(factor, inverse, n, team);
+        team.barrier();
+        if (team.rank == 0) {
+            facts[1] = norm_bound(factor, n, n, gram.data);
+            facts[2] = definite ? 1 / norm_bound(inverse, n, n, gram.data) : 0.0;
+        }
+        team.barrier();
+    }
+};
+
+}  // namespace
+}  // namespace OTKD_ISA
+}  // namespace otkd_fast
