@@ -32,15 +32,17 @@ struct Cholesky {
     double* column;     // (n,)
     int64_t* order;     // (n,): row of A of each pivot
     int64_t rank;
+    double stray;       // largest entry beside a variance of 0
 
     Cholesky(int64_t size, Arena& memory)
         : n(size), ld(round_up(size, 64 / sizeof(double))), rows(memory.take<double>(n * ld)),
           deviation(memory.take<double>(n)), rest(memory.take<double>(ld)), column(memory.take<double>(n)),
-          order(memory.take<int64_t>(n)), rank(0) {}
+          order(memory.take<int64_t>(n)), rank(0), stray(0) {}
 
     // A = (a + a^T) / 2 * 2^-exponent + shift I, as a correlation matrix
     void read(const T* a, int exponent, double shift) {
         const PowerOfTwo<double> scale(-exponent);
+        stray = 0;
         for (int64_t i = 0; i < n; ++i) {
             const double variance = a[i * n + i] * scale.first * scale.second + shift;
             deviation[i] = variance > 0 ? std::sqrt(variance) : 0.0;
@@ -53,6 +55,7 @@ struct Cholesky {
                 const double product = deviation[i] * deviation[j];
                 const double mean = 0.5 * (a[i * n + j] * scale.first + a[j * n + i] * scale.first) * scale.second;
                 row[j] = rows[j * ld + i] = product > 0 ? mean / product : 0.0;
+                if (!(product > 0)) stray = std::fmax(stray, std::fabs(mean));
             }
             row[i] = rest[i];
             for (int64_t j = n; j < ld; ++j) row[j] = 0;
@@ -114,7 +117,7 @@ struct Cholesky {
     }
 
     bool rest_is_rounding() {
-        double largest = 0;
+        double largest = stray;
         for (int64_t k = rank; k < n; ++k) {
             reduce_row(k);
             for (int64_t j = k; j < n; ++j) largest = std::fmax(largest, std::fabs(rows[k * ld + j]));

@@ -83,10 +83,11 @@ OTKD_INLINE VecInt<T> rotate(const Lanes<T>& w, T* norms, int64_t n, int64_t p, 
     const Vec<T> hypotenuse = sqrt<T>(gap * gap + twice * twice);
     const Vec<T> tangent = turn ? twice / (gap < zero ? gap - hypotenuse : gap + hypotenuse) : zero;
     const Vec<T> cosine = one / sqrt<T>(one + tangent * tangent), sine = cosine * tangent;
+    const Vec<T> half = sine / (one + cosine);  // tangent of half the angle: small angles round little
     for (int64_t j = 0; j < n; ++j) {
         const Vec<T> x = load(row_p + j * width<T>), y = load(row_q + j * width<T>);
-        store(row_p + j * width<T>, turn ? cosine * x - sine * y : x);
-        store(row_q + j * width<T>, turn ? sine * x + cosine * y : y);
+        store(row_p + j * width<T>, x - sine * (y + half * x));
+        store(row_q + j * width<T>, y + sine * (x - half * y));
     }
     store(norms + p * width<T>, alpha - tangent * gamma);
     store(norms + q * width<T>, beta + tangent * gamma);

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._validate import not_negative_float, values_readable
+from .._values import values_readable
+from ._validate import not_negative_float
 from .gaussian import diagonal_arguments, gaussian_arguments
 
 

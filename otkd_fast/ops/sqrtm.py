@@ -1,0 +1,113 @@
+"""``sqrtm_fwd`` and ``sqrtm_bwd``: roots of symmetric positive semidefinite matrices (kernels: ``csrc/cpu/sqrtm.cpp``).
+
+Which way runs is decided in :func:`chosen`, in one place. The kernels serve definite and, where that needs no
+eigenvalues, semidefinite matrices; those of a batch that they leave (indefinite ones; singular ones in the inverse and in
+the backward) are computed from eigenvalues in float64, as the reference does for 'eigh' and 'newton_schulz' as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import sqrtm as reference
+from . import _library
+from ._library import native
+
+KERNELS = {"jacobi": 0, "polar": 1}
+JACOBI_LIMIT = 24
+
+
+def chosen(algorithm: str, d: int) -> str:
+    """What 'auto' means for d x d matrices; other names stand for themselves."""
+    if algorithm != "auto":
+        return algorithm
+    return "jacobi" if d <= JACOBI_LIMIT else "polar"
+
+
+def _aux(A: Tensor, algorithm: str) -> Tensor:
+    """jacobi: eigenvectors in rows and the square roots of their eigenvalues; polar: bounds of these roots."""
+    *batch, d, _ = A.shape
+    if algorithm == "jacobi":
+        return A.new_empty((*batch, d + 1, d))
+    if algorithm == "polar":
+        return A.new_empty((*batch, 2))
+    return A.new_empty((*batch, d + 2, d) if algorithm == "eigh" else (0,), dtype=torch.float64)
+
+
+def _fwd_fake(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
+    return A.new_empty(A.shape), _aux(A, chosen(algorithm, A.shape[-1]))
+
+
+def _fwd_cpu(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
+    A = A.contiguous()
+    *batch, d, _ = A.shape
+    algorithm = chosen(algorithm, d)
+    if algorithm not in KERNELS:
+        return reference.sqrtm_fwd(A, inverse, algorithm)
+    S, aux = A.new_empty(A.shape), _aux(A, algorithm)
+    if A.numel() == 0:
+        return S, aux
+    problems, code, kind, threads = _library.product(batch), _library.dtype_code(A), KERNELS[algorithm], _threads()
+    unsolved = torch.empty(problems, dtype=torch.uint8)
+    scratch = _library.workspace(native.sqrtm_workspace(code, d, kind, threads, False))
+    if native.sqrtm_fwd(
+        code, A.data_ptr(), S.data_ptr(), aux.data_ptr(), unsolved.data_ptr(), scratch.data_ptr(), problems, d,
+        inverse, kind, threads,
+    ):  # fmt: skip
+        rest = unsolved.nonzero().squeeze(-1)
+        S.view(-1, d, d)[rest] = reference.sqrtm_fwd(A.view(-1, d, d)[rest], inverse, "eigh")[0]
+        _mark_singular(aux, rest, algorithm)
+    return S, aux
+
+
+def _mark_singular(aux: Tensor, matrices: Tensor, algorithm: str) -> None:
+    """Make the backward leave these matrices of the batch, too."""
+    if algorithm == "jacobi":
+        roots = aux.view(-1, *aux.shape[-2:])[:, -1]  # (B, d), a view
+        roots[matrices] = 0
+        roots[matrices, 0] = 1
+    else:
+        aux.view(-1, 2)[matrices] = torch.tensor([1.0, 0.0], dtype=aux.dtype)
+
+
+def _bwd_fake(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, algorithm: str) -> Tensor:
+    return A.new_empty(A.shape)
+
+
+def _bwd_cpu(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, algorithm: str) -> Tensor:
+    A, S, aux, grad = (operand.contiguous() for operand in (A, S, aux, grad))
+    *batch, d, _ = A.shape
+    algorithm = chosen(algorithm, d)
+    if algorithm not in KERNELS:
+        return reference.sqrtm_bwd(A, S, aux, grad, inverse, algorithm)
+    grad_A = A.new_empty(A.shape)
+    if A.numel() == 0:
+        return grad_A
+    problems, code, kind, threads = _library.product(batch), _library.dtype_code(A), KERNELS[algorithm], _threads()
+    unsolved = torch.empty(problems, dtype=torch.uint8)
+    scratch = _library.workspace(native.sqrtm_workspace(code, d, kind, threads, True))
+    if native.sqrtm_bwd(
+        code, S.data_ptr(), aux.data_ptr(), grad.data_ptr(), grad_A.data_ptr(), unsolved.data_ptr(),
+        scratch.data_ptr(), problems, d, inverse, kind, threads,
+    ):  # fmt: skip
+        rest = unsolved.nonzero().squeeze(-1)
+        A, S, grad = (operand.view(-1, d, d)[rest] for operand in (A, S, grad))
+        grad_A.view(-1, d, d)[rest] = reference.sqrtm_bwd(A, S, aux, grad, inverse, "polar")
+    return grad_A
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+_library.register(
+    "sqrtm_fwd(Tensor A, bool inverse, str algorithm) -> (Tensor, Tensor)",
+    _fwd_fake,
+    _fwd_cpu,
+)
+_library.register(
+    "sqrtm_bwd(Tensor A, Tensor S, Tensor aux, Tensor grad, bool inverse, str algorithm) -> Tensor",
+    _bwd_fake,
+    _bwd_cpu,
+)
