@@ -27,7 +27,7 @@ OPS = (
     "feature_moments",
 )
 
-REFERENCE_ONLY = ("gaussian_wasserstein", "feature_moments")
+REFERENCE_ONLY = ("polar", "sqrtm", "gaussian_wasserstein", "feature_moments")
 _VARIABLE = "OTKD_FAST_BACKEND"
 _DEFAULT = os.environ.get(_VARIABLE) or "auto"
 _current = contextvars.ContextVar("otkd_fast_backend", default=_DEFAULT)
