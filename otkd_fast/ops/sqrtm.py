@@ -1,8 +1,8 @@
 """``sqrtm_fwd`` and ``sqrtm_bwd``: roots of symmetric positive semidefinite matrices (kernels: ``csrc/cpu/sqrtm.cpp``).
 
 Which way runs is decided in :func:`chosen`, in one place. The kernels serve definite and, where that needs no
-eigenvalues, semidefinite matrices; those of a batch that they leave (indefinite ones; singular ones in the inverse and in
-the backward) are computed from eigenvalues in float64, as the reference does for 'eigh' and 'newton_schulz' as well.
+eigenvalues, semidefinite matrices; those of a batch that they leave (indefinite ones; singular ones in the inverse and
+in the backward) are computed from eigenvalues in float64, as the reference does for 'eigh' and 'newton_schulz' as well.
 """
 
 from __future__ import annotations
