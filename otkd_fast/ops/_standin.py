@@ -99,28 +99,3 @@ def register(*names: str) -> None:
     for name in names:
         extra = "Tensor row_offsets, Tensor column_offsets, int rows, int columns, " if "ragged" in name else ""
         _register(name, "ragged" in name, extra)
-
-
-def _cost_fwd(x, y, ro, co, entries, metric):
-    from .. import reference
-
-    return reference.cost_matrix_ragged(x, y, row_offsets=ro, column_offsets=co, metric=metric)
-
-
-def _cost_bwd(x, y, ro, co, entries, metric, cost, grad, need_x, need_y):
-    with torch.enable_grad():
-        leaves = [x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_()]
-        grads = torch.autograd.grad(_cost_fwd(*leaves, ro, co, entries, metric), leaves, grad)
-    return tuple(g if n else x.new_empty(0) for g, n in zip(grads, (need_x, need_y)))
-
-
-def register_cost():
-    head = "Tensor x, Tensor y, Tensor row_offsets, Tensor column_offsets, int entries, str metric"
-    _library.register(
-        f"cost_matrix_ragged_fwd({head}) -> Tensor", lambda x, y, r, c, entries, metric: x.new_empty(entries), _cost_fwd
-    )
-    _library.register(
-        f"cost_matrix_ragged_bwd({head}, Tensor cost, Tensor grad_cost, bool need_x, bool need_y) -> (Tensor, Tensor)",
-        lambda *t: tuple(p.new_empty(p.shape if n else (0,)) for p, n in ((t[0], t[-2]), (t[1], t[-1]))),
-        _cost_bwd,
-    )
