@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
-from ._autograd import distinct, each_mapped, keep_signature, needs_function, no_second_derivative, transformed
+from ._autograd import distinct, each_mapped, find_op, keep_signature, needs_function, no_second_derivative, transformed
 
-_forward = torch.ops.otkd_fast.cost_matrix_ragged_fwd.default
-_backward = torch.ops.otkd_fast.cost_matrix_ragged_bwd.default
+_forward = find_op("cost_matrix_ragged_fwd")
+_backward = find_op("cost_matrix_ragged_bwd")
 
 
 def cost_matrix_ragged(

@@ -7,19 +7,21 @@ from torch import Tensor
 
 from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .._guards import refuse_gradient, uncovered_message
-from ._autograd import distinct, each_mapped, keep_signature, mapped, needs_function, no_second_derivative, transformed
+from ._autograd import (
+    distinct,
+    each_mapped,
+    find_op,
+    keep_signature,
+    mapped,
+    needs_function,
+    no_second_derivative,
+    transformed,
+)
 from ._sinkhorn_options import COVERED, KEEP, OUTPUTS, Options
 
-_FORWARD = {
-    "dense": torch.ops.otkd_fast.sinkhorn_fwd.default,
-    "shared": torch.ops.otkd_fast.sinkhorn_shared_fwd.default,
-    "ragged": torch.ops.otkd_fast.sinkhorn_ragged_fwd.default,
-}
-_BACKWARD = {
-    "dense": torch.ops.otkd_fast.sinkhorn_bwd.default,
-    "shared": torch.ops.otkd_fast.sinkhorn_shared_bwd.default,
-    "ragged": torch.ops.otkd_fast.sinkhorn_ragged_bwd.default,
-}
+_NAMES = {"dense": "sinkhorn", "shared": "sinkhorn_shared", "ragged": "sinkhorn_ragged"}
+_FORWARD = {family: find_op(f"{name}_fwd") for family, name in _NAMES.items()}
+_BACKWARD = {family: find_op(f"{name}_bwd") for family, name in _NAMES.items()}
 
 
 def solve(
@@ -122,7 +124,7 @@ class _SinkhornBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise no_second_derivative("sinkhorn" if ctx.family != "ragged" else "sinkhorn_ragged")
+        raise no_second_derivative(_NAMES[ctx.family])
 
     @staticmethod
     def vmap(info, in_dims, *arguments):

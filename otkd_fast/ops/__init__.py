@@ -3,9 +3,6 @@
 Importing this package registers them. They are below autograd: gradients belong to :mod:`otkd_fast.functional`.
 """
 
-from . import _standin, cost_matrix, polar, sinkd, sinkhorn, sinkhorn_shared, sqrtm
-
-_standin.register("sinkhorn_ragged")
-_standin.register_cost()
+from . import cost_matrix, polar, sinkd, sinkhorn, sinkhorn_shared, sqrtm
 
 __all__ = ["cost_matrix", "polar", "sinkd", "sinkhorn", "sinkhorn_shared", "sqrtm"]
