@@ -29,7 +29,7 @@ OPS = (
     "feature_moments",
 )
 
-_REFERENCE_ONLY = ("sinkhorn_ragged", "polar", "sqrtm", "gaussian_wasserstein", "feature_moments")
+REFERENCE_ONLY = ("sinkhorn_ragged", "polar", "sqrtm", "gaussian_wasserstein", "feature_moments")
 
 _VARIABLE = "OTKD_FAST_BACKEND"
 _DEFAULT = os.environ.get(_VARIABLE) or "auto"
@@ -53,7 +53,7 @@ def _installed(op: str, name: str) -> str | None:
     """None if backend `name` has a kernel of `op` in this installation, else why not."""
     if name == "reference":
         return None
-    if name == "cpu" and op not in _REFERENCE_ONLY:
+    if name == "cpu" and op not in REFERENCE_ONLY:
         return None if _native.module is not None else _native.reason or "the native module is not there"
     return f"its {op} kernels are not written yet"
 

@@ -34,8 +34,8 @@ void SharedForward<S, T>::keep_side(const Side<S>& side, int64_t begin, int64_t 
     const S* from = side.inverse ? side.inverse : side.scaling;
     const int64_t first = side.shift ? 0 : args_.n, atoms = args_.n + args_.m;
     S* kept = block_.kept(slot);
-    for (int64_t lane = 0; lane < block_.count; ++lane) {
-        if (running_only && !(control_.running[lane] > 0)) continue;
+    for (int64_t lane = 0; lane < (kept ? lanes_ : block_.count); ++lane) {
+        if (running_only && lane < block_.count && !(control_.running[lane] > 0)) continue;
         if (kept) {
             S* to = kept + first * lanes_;
             for (int64_t i = begin; i < end; ++i) to[i * lanes_ + lane] = from[i * lanes_ + lane];
