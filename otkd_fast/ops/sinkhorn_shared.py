@@ -1,11 +1,12 @@
 """``sinkhorn_shared_fwd`` and ``_bwd``: one cost (n, m) for a batch of marginals (``csrc/cpu/sinkhorn_shared.cpp``).
 
 The kernels update rows first; columns first is the transposed problem. They solve in float32 as far as the range of the
-exponents permits, then in float64; the problems that even that does not suffice for go to ``sinkhorn_fwd`` and ``_bwd``,
-as do batches of a few problems: a few of them at a time, so that no tensor of the size of all expanded costs exists.
+exponents permits, then in float64; the problems that even that does not suffice for go to ``sinkhorn_fwd`` and
+``sinkhorn_bwd``, as do batches of a few problems: a few of them at a time, so that no tensor of the size of all expanded
+costs exists.
 
-History, one float64 tensor: how each problem was solved and its iterations (B,), (B,); then the scalings of the blocks of
-problems that were solved together in the input's type; then, problem by problem, those of the others.
+History, one float64 tensor: how each problem was solved and its iterations (B,), (B,); then the scalings of the blocks
+of problems that were solved together in the input's type; then, problem by problem, those of the others.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""The CPU op over the ways of solving: every option and gradient on float and double scalings and in the log domain, for
-every instruction set and number of threads, also where the threads share a problem, against the float64 reference."""
+"""The CPU op over the ways of solving: every option and gradient on float and double scalings and in the log domain.
+
+Every instruction set and number of threads, also where the threads share a problem, against the float64 reference.
+"""
 
 import pytest
 import torch
