@@ -81,5 +81,6 @@ PYBIND11_MODULE(_C, module) {
 #endif
     bind_cost_matrix(module);
     bind_sinkhorn(module);
+    bind_sinkhorn_points(module);
     bind_sinkd(module);
 }

@@ -15,13 +15,14 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 template <class Costs>
 class LogDomain {
     using T = typename Costs::Input;
+    using Cost = typename Costs::Cost;
     using Args = typename Costs::Args;
     using V = Vec<double>;
 
   public:
     LogDomain(const Args& args, Arena& arena, int threads, bool backward)
         : args_(args),
-          costs_(args, arena, threads),
+          costs_(args, arena, threads, backward),
           n_(args.n),
           m_(args.m),
           ld_(round_up(args.m, width<double>)),
@@ -56,7 +57,7 @@ class LogDomain {
     void plan_sums(const Team& team, double& transport_cost);
     void first_adjoint(const Problem<T>& p, const Team& team);
     void adjoint_loop(const Problem<T>& p, const Team& team);
-    void gradient_row(const Problem<T>& p, int64_t i, const T* cost, T* out, bool unroll) const;
+    void gradient_row(const Problem<T>& p, int64_t i, const Cost* cost, Cost* out, bool unroll) const;
     void write_gradients(const Problem<T>& p, const Team& team, bool unroll);
     void rows_of(const Team& team, int64_t& begin, int64_t& end) const {
         split(n_, 1, team.size, team.rank, begin, end);
@@ -70,15 +71,15 @@ class LogDomain {
         return sums;
     }
     // X of the columns from j on; 0 beyond m, where gamma is -inf.
-    OTKD_INLINE V exponent(const T* cost, int64_t j) const { return LoadAs<double, T>::part(cost + j, m_ - j, 0.0) * inverse_; }
-    OTKD_INLINE V plan(const T* cost, double phi, const double* gamma, int64_t j) const {
+    OTKD_INLINE V exponent(const Cost* cost, int64_t j) const { return LoadAs<double, Cost>::part(cost + j, m_ - j, 0.0) * inverse_; }
+    OTKD_INLINE V plan(const Cost* cost, double phi, const double* gamma, int64_t j) const {
         return exp_(phi + load(gamma + j) - exponent(cost, j));
     }
     // Calls body(i, cost of row i) for the thread's rows [begin, end).
     template <class Body>
     OTKD_INLINE void for_rows(int64_t begin, int64_t end, Body body) {
         for_blocks(begin, end, costs_.block(), false, [&](int64_t i0, int64_t count) {
-            const T* cost = costs_.cost(i0, count);
+            const Cost* cost = costs_.cost(i0, count);
             for (int64_t i = i0; i < i0 + count; ++i, cost += m_) body(i, cost);
         });
     }
@@ -114,7 +115,7 @@ void LogDomain<Costs>::start(const Problem<T>& p, const Team& team) {
 
 template <class Costs>
 void LogDomain<Costs>::row_updates(int64_t begin, int64_t end) {
-    for_rows(begin, end, [&](int64_t i, const T* cost) {
+    for_rows(begin, end, [&](int64_t i, const Cost* cost) {
         if (!(log_a_[i] > -kInfinity)) return;
         V best = splat(-kInfinity);
         VecInt<double> nan = {};
@@ -140,7 +141,7 @@ void LogDomain<Costs>::column_updates(const Team& team) {
     rows_of(team, row0, row1);
     columns_of(team, column0, column1);
     double* sums = own_sums(team, -kInfinity);
-    for_rows(row0, row1, [&](int64_t i, const T* cost) {
+    for_rows(row0, row1, [&](int64_t i, const Cost* cost) {
         if (phi_[i] == -kInfinity) return;
         for (int64_t j = 0; j < ld_; j += width<double>) {
             store(sums + j, max<double>(phi_[i] - exponent(cost, j), load(sums + j)));
@@ -154,7 +155,7 @@ void LogDomain<Costs>::column_updates(const Team& team) {
     }
     team.barrier();
     sums = own_sums(team, 0.0);
-    for_rows(row0, row1, [&](int64_t i, const T* cost) {
+    for_rows(row0, row1, [&](int64_t i, const Cost* cost) {
         if (phi_[i] == -kInfinity) return;
         for (int64_t j = 0; j < ld_; j += width<double>) {
             store(sums + j, load(sums + j) + exp_(phi_[i] - exponent(cost, j) - load(top_ + j)));
@@ -177,7 +178,7 @@ void LogDomain<Costs>::plan_sums(const Team& team, double& transport_cost) {
     double* sums = own_sums(team, 0.0);
     double moved_total = 0;
     const V zero = {};
-    for_rows(begin, end, [&](int64_t i, const T* cost) {
+    for_rows(begin, end, [&](int64_t i, const Cost* cost) {
         V mass = {}, moved = {};
         for (int64_t j = 0; j < ld_; j += width<double>) {
             const V entry = plan(cost, phi_[i], gamma_, j);
@@ -230,7 +231,7 @@ void LogDomain<Costs>::first_adjoint(const Problem<T>& p, const Team& team) {
     rows_of(team, begin, end);
     double* sums = own_sums(team, 0.0);
     const V zero = {};
-    for_rows(begin, end, [&](int64_t i, const T* cost) {
+    for_rows(begin, end, [&](int64_t i, const Cost* cost) {
         first_[i] = sum_phi_[i] = 0;
         if (phi_[i] == -kInfinity) return;
         V mass = {}, moved = {};
@@ -272,7 +273,7 @@ void LogDomain<Costs>::adjoint_loop(const Problem<T>& p, const Team& team) {
         }
         double* sums = own_sums(team, 0.0);
         team.barrier();
-        for_rows(row0, row1, [&](int64_t i, const T* cost) {
+        for_rows(row0, row1, [&](int64_t i, const Cost* cost) {
             z[i] = 0;
             if (phi[i] == -kInfinity) return;
             V total = {};
@@ -295,7 +296,7 @@ void LogDomain<Costs>::adjoint_loop(const Problem<T>& p, const Team& team) {
 
 // dL/dC of one row: P (d_transport (1 - X) + d_dual) + sum over t of (Q w + R z) / epsilon; without `unroll` the plan alone.
 template <class Costs>
-void LogDomain<Costs>::gradient_row(const Problem<T>& p, int64_t i, const T* cost, T* out, bool unroll) const {
+void LogDomain<Costs>::gradient_row(const Problem<T>& p, int64_t i, const Cost* cost, Cost* out, bool unroll) const {
     const double of_transport = p.incoming(args_.grad_transport_cost), of_dual = p.incoming(args_.grad_regularized_cost);
     const double phi_last = phi_[i];
     const V zero = {}, forbidden = splat(kInfinity);
@@ -320,12 +321,13 @@ void LogDomain<Costs>::write_gradients(const Problem<T>& p, const Team& team, bo
     rows_of(team, begin, end);
     if (costs_.wants_gradient()) {
         for_blocks(begin, end, costs_.block(), false, [&](int64_t i0, int64_t count) {
-            const T* cost = costs_.cost(i0, count);
-            T* out = costs_.gradient(i0, count);
+            const Cost* cost = costs_.cost(i0, count);
+            Cost* out = costs_.gradient(i0, count);
             for (int64_t k = 0; k < count; ++k) gradient_row(p, i0 + k, cost + k * m_, out + k * m_, unroll);
             costs_.emit(i0, count);
         });
     }
+    costs_.close(team);
     if (team.rank != 0) return;
     double mass_a = 0, mass_b = 0;
     for (int64_t i = 0; i < n_; ++i) mass_a += p.mass_a(i);

@@ -1,6 +1,7 @@
 // The choice between the ways of solving, and the threads: what every op on Sinkhorn problems shares, wherever its costs
 // come from. `Source` names the classes (sinkhorn_rows.h) that read a problem:
-//   Args<T>, Costs<T>, Rows<S, T>
+//   Args<T>, Costs<T> of the log domain, Rows<S, T> of the scalings
+//   kRangeFirst  whether the range of the exponents is cheap to tell beforehand, else Rows tell it with their kernel
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -23,6 +24,7 @@ struct Stored {
     using Costs = StoredCosts<T>;
     template <class S, class T>
     using Rows = StoredRows<S, T>;
+    static constexpr bool kRangeFirst = true;
 };
 
 // log(largest / smallest) of the masses > 0; 0 without any
@@ -36,10 +38,17 @@ double log_range(const T* masses, int64_t count) {
     return most > 0 ? std::log(static_cast<double>(most) / static_cast<double>(least)) : 0.0;
 }
 
-// (max - min of the finite costs) / epsilon plus the log range of both marginals. The range over the whole matrix
-// bounds the exponents, and the cancellation between C / epsilon and the potentials in the gradient.
+template <class T>
+double mass_range(const Problem<T>& p) {
+    const SinkhornArgs<T>& args = p.args;
+    return (args.a ? log_range(args.a + p.index * args.n, args.n) : 0.0) +
+           (args.b ? log_range(args.b + p.index * args.m, args.m) : 0.0);
+}
+
+// (max - min of the finite costs) / epsilon. The range over the whole matrix bounds the exponents, and the cancellation
+// between C / epsilon and the potentials in the gradient.
 template <class Costs, class T = typename Costs::Input>
-double exponent_range(const Problem<T>& p, Costs costs, const Team& team, Reduction& reduction) {
+double cost_range(const Problem<T>& p, Costs costs, const Team& team, Reduction& reduction) {
     const SinkhornArgs<T>& args = p.args;
     const T inf = std::numeric_limits<T>::infinity();
     int64_t begin, end;
@@ -59,10 +68,7 @@ double exponent_range(const Problem<T>& p, Costs costs, const Team& team, Reduct
     reduction.put(team, 3, largest<T>(high));
     team.barrier();
     const double spread = reduction.max(team, 3) + reduction.max(team, 2);
-    double range = spread > 0 ? spread / args.epsilon : 0.0;
-    if (args.a) range += log_range(args.a + p.index * args.n, args.n);
-    if (args.b) range += log_range(args.b + p.index * args.m, args.m);
-    return range;
+    return spread > 0 ? spread / args.epsilon : 0.0;
 }
 
 template <class Source, class T>
@@ -87,7 +93,7 @@ struct Solver {
     int64_t bytes_a_problem() const {
         Arena arena{nullptr};
         arena.take<double>(threads * kSlots);
-        Costs(args, arena, threads);
+        if constexpr (Source::kRangeFirst) Costs(args, arena, threads, backward);
         int64_t most = std::max(bytes<Log>(), bytes<Scalings<double>>());
         if constexpr (sizeof(T) == sizeof(float)) most = std::max(most, bytes<Scalings<float>>());
         return arena.used + most;
@@ -97,16 +103,18 @@ struct Solver {
         const Problem<T> p{args, index};
         Arena arena{memory};
         Reduction reduction{arena.take<double>(threads * kSlots)};
-        const Costs costs(args, arena, threads);
         if (backward) {
             solve_backward(p, team, arena);
             return;
         }
-        const double range = exponent_range(p, costs, team, reduction);
+        double range = mass_range(p);
+        if constexpr (Source::kRangeFirst) {
+            range += cost_range(p, Costs(args, arena, threads, false), team, reduction);
+        }
         Method used = Method::log;
-        if (sizeof(T) == sizeof(float) && range <= kFloatRange && attempt<float>(p, team, arena)) {
+        if (sizeof(T) == sizeof(float) && attempt<float>(p, team, arena, kFloatRange - range)) {
             used = Method::scaling_float;
-        } else if (range <= kDoubleRange && attempt<double>(p, team, arena)) {
+        } else if (attempt<double>(p, team, arena, kDoubleRange - range)) {
             used = Method::scaling_double;
         } else {
             Arena mine = arena;
@@ -117,11 +125,14 @@ struct Solver {
     }
 
     template <class S>
-    bool attempt(const Problem<T>& p, const Team& team, Arena arena) const {
+    bool attempt(const Problem<T>& p, const Team& team, Arena arena, double limit) const {
         if constexpr (sizeof(S) < sizeof(T)) {
             return false;
         } else {
-            return Scalings<S>(args, arena, threads, false).forward(p, team);
+            if (limit < 0) return false;
+            const bool solved = Scalings<S>(args, arena, threads, false).forward(p, team, limit);
+            team.barrier();  // the next method uses the same memory
+            return solved;
         }
     }
 

@@ -3,6 +3,6 @@
 Importing this package registers them. They are below autograd: gradients belong to :mod:`otkd_fast.functional`.
 """
 
-from . import cost_matrix, sinkd, sinkhorn
+from . import cost_matrix, sinkd, sinkhorn, sinkhorn_points
 
-__all__ = ["cost_matrix", "sinkd", "sinkhorn"]
+__all__ = ["cost_matrix", "sinkd", "sinkhorn", "sinkhorn_points"]

@@ -6,6 +6,7 @@
 
 #include "otkd_fast/cost_matrix.h"
 #include "otkd_fast/sinkhorn.h"
+#include "otkd_fast/sinkhorn_points.h"
 
 namespace otkd_fast {
 
@@ -17,6 +18,11 @@ struct KernelsOf {
     void (*sinkhorn_fwd)(const SinkhornArgs<T>&);
     void (*sinkhorn_bwd)(const SinkhornArgs<T>&);
     int64_t (*sinkhorn_workspace_bytes)(const SinkhornArgs<T>&, bool backward);
+    void (*sinkhorn_points_fwd)(const SinkhornPointsArgs<T>&);
+    void (*sinkhorn_points_bwd)(const SinkhornPointsArgs<T>&);
+    int64_t (*sinkhorn_points_workspace_bytes)(const SinkhornPointsArgs<T>&, bool backward);
+    void (*plan_apply)(const PlanApplyArgs<T>&);
+    int64_t (*plan_apply_workspace_bytes)(const PlanApplyArgs<T>&);
 };
 
 struct Kernels {
