@@ -1,4 +1,4 @@
-"""``sinkhorn_points_fwd``, ``_bwd`` and ``_apply``: Sinkhorn between points (kernels: ``csrc/cpu/sinkhorn_points.cpp``).
+"""``sinkhorn_points_fwd``, ``_bwd``, ``_apply``: Sinkhorn between points (kernels: ``csrc/cpu/sinkhorn_points.cpp``).
 
 As in ``ops/sinkhorn.py`` the kernels update rows first; columns first is the problem with x and y exchanged. ``stored``
 lets the kernel exp(-C / epsilon) stay in memory during a call; it changes nothing else.
