@@ -143,9 +143,10 @@ template <class Value>
 void Scaling<Rows>::sweep(const S* vector, S* sums, int64_t begin, int64_t end, bool reversed, Value value) {
     for_blocks(begin, end, rows_.block(), reversed, [&](int64_t i0, int64_t count) {
         const S* k = rows_.kernel(i0, count);
-        for_blocks(0, count, kBlock, reversed, [&](int64_t i, int64_t) {
+        for (int64_t done = 0; done < count; done += kBlock) {
+            const int64_t i = reversed ? count - kBlock - done : done;
             sweep_rows(k + i * ld_, ld_, vector, sums, [&](int64_t r, S s) { return value(i0 + i + r, s); });
-        });
+        }
     });
 }
 
