@@ -72,16 +72,6 @@ def positive_int(name: str, value: int) -> int:
     return value
 
 
-def values_readable(*tensors: Tensor | None) -> bool:
-    """Whether looking at the values is cheap and allowed: ordinary CPU tensors, not traced, not transformed."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return all(t is None or (t.device.type == "cpu" and type(t) in _PLAIN) for t in tensors)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def check_masses(a: Tensor | None, b: Tensor | None) -> None:
     """Entries >= 0 and finite, totals > 0 and equal up to rounding; None is uniform with total 1.
 

@@ -9,6 +9,7 @@ from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .. import reference
 from .._dispatch import resolve
 from .._guards import refuse_gradient, uncovered_message
+from .._values import values_readable
 from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
 from ._validate import (
     HALF_DTYPES,
@@ -18,7 +19,6 @@ from ._validate import (
     check_tensor,
     positive_float,
     positive_int,
-    values_readable,
 )
 from .sinkhorn_result import SinkhornResult
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..functional._validate import values_readable
+from .._values import values_readable
 from ..functional.cost_matrix import cost_matrix
 from ..functional.sinkd import sinkd_transport_cost
 from ..functional.sinkhorn import sinkhorn

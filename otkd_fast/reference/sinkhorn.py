@@ -1,7 +1,6 @@
-"""Log-domain Sinkhorn iterations in plain PyTorch (Cuturi 2013; Peyre and Cuturi 2019, section 4.4).
+"""Entropic optimal transport in plain PyTorch: the loop in the log domain and the gradient modes.
 
-Entries that take no part (zero marginals, costs of +inf, rows that cannot be served) are -inf in the potentials.
-Each of them is kept out of the differentiated branch, so gradients there are 0 and never NaN.
+(Cuturi 2013; Peyre and Cuturi 2019, section 4.4; with penalties Chizat, Peyre, Schmitzer and Vialard 2018.)
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .._guards import first_order_only, uncovered, uncovered_message
+from ._sinkhorn_implicit import attach
+from ._sinkhorn_loop import Iteration, Problem, marginal_error, plan, relative, solve
 
 
 class SinkhornOutputs(NamedTuple):
@@ -22,6 +23,7 @@ class SinkhornOutputs(NamedTuple):
     f: Tensor  # (..., n)
     g: Tensor  # (..., m)
     marginal_error: Tensor  # (...)
+    num_iters: Tensor  # (...), int64
 
 
 def sinkhorn(
@@ -31,137 +33,144 @@ def sinkhorn(
     *,
     epsilon: float,
     num_iters: int,
+    tol: float | None = None,
     update_first: str = "a",
     gradient: str = "unroll",
+    initial_potentials: tuple[Tensor | None, Tensor | None] | None = None,
+    relaxation: float | str = 1.0,
+    marginal_penalty: float | tuple[float | None, float | None] | None = None,
 ) -> SinkhornOutputs:
-    """Entropic optimal transport by `num_iters` Sinkhorn iterations; see :func:`otkd_fast.sinkhorn`.
+    """Entropic optimal transport by Sinkhorn iterations; see :func:`otkd_fast.sinkhorn`. Nothing is validated.
+
+    Every option runs without a synchronisation: all `num_iters` iterations are launched, and with `tol` the problems
+    that have finished stand still. On CPU tensors, where looking costs nothing, the loop ends when all have.
+
+    Memory: an iteration holds a few tensors of the broadcast shape (..., n, m), also for a shared cost (n, m);
+    'unroll' keeps two of them for each iteration until the backward pass, the other modes keep none.
 
     Args:
-        cost: (..., n, m), float32 or float64; entries may be +inf.
+        cost: (..., n, m), float32 or float64; entries may be +inf. Or (n, m), shared by batches of a and b.
         a: (..., n) row marginals, None for uniform.
         b: (..., m) column marginals, None for uniform.
         epsilon: regularisation strength in units of the cost.
-        num_iters: number of iterations.
+        num_iters: number of iterations, with `tol` the largest one.
+        tol: None, or the marginal error at which a problem stops.
         update_first: 'a' (rows) or 'b' (columns).
-        gradient: 'unroll', 'envelope' or 'detach'.
+        gradient: 'unroll', 'envelope', 'detach', 'last_step' or 'implicit'.
+        initial_potentials: None or (f (..., n), g (..., m)), each may be None.
+        relaxation: over-relaxation omega in (0, 2), or 'auto'.
+        marginal_penalty: None, or rho, or (rho_a, rho_b), where None and inf stand for a constraint.
     """
-    n, m = cost.shape[-2:]
-    a = cost.new_full(cost.shape[:-1], 1 / n) if a is None else a
-    b = cost.new_full(cost.shape[:-2] + (m,), 1 / m) if b is None else b
+    problem = _problem(cost, a, b, epsilon, marginal_penalty)
+    initial_f, initial_g = initial_potentials or (None, None)
+
+    def run(problem: Problem):
+        iteration = Iteration(problem, update_first)
+        return solve(iteration, *iteration.start(initial_f, initial_g), num_iters, tol, relaxation)
+
     if gradient == "unroll":
-        f, g = _iterate(cost, a, b, epsilon, num_iters, update_first)
-        plan = _plan(cost, f, g, epsilon)
-        return SinkhornOutputs(
-            _inner(plan, cost), _dual_value(a, b, f, g, plan, epsilon), f, g, _marginal_error(plan, a, b)
-        )
+        f, g, _, _, count = run(problem)
+        return _outputs(problem, f, g, plan(problem, f, g), count)
+    with torch.no_grad():
+        f, g, before_f, before_g, count = run(problem.detach())
     message = (
         f"sinkhorn: gradient='{gradient}' has no second derivative; use gradient='unroll' with backend='reference'"
     )
-    with torch.no_grad():
-        f, g = _iterate(cost, a, b, epsilon, num_iters, update_first)
-    f, g = f.detach(), g.detach()
-    inputs = (first_order_only(cost, message), first_order_only(a, message), first_order_only(b, message))
-    return _envelope(*inputs, f, g, epsilon) if gradient == "envelope" else _detach(*inputs, f, g, epsilon)
+    inputs = [first_order_only(tensor, message) for tensor in problem[:3]]
+    problem = problem._replace(cost=inputs[0], a=inputs[1], b=inputs[2])
+    if gradient == "last_step":
+        f, g = Iteration(problem, update_first)(before_f, before_g)
+        return _outputs(problem, f, g, plan(problem, f, g), count)
+    return _MODES[gradient](problem, f, g, count)
 
 
-def _served(weights: Tensor, potential: Tensor) -> Tensor:
-    """The same masses; those that take no part (no mass, or no way to go) are constants."""
-    return torch.where((weights > 0) & (potential != -torch.inf), weights, weights.detach())
+def penalties(marginal_penalty: float | tuple[float | None, float | None] | None) -> tuple[float, float]:
+    """(rho_a, rho_b) with inf for a constraint."""
+    pair = marginal_penalty if isinstance(marginal_penalty, (tuple, list)) else (marginal_penalty, marginal_penalty)
+    penalty_a, penalty_b = (torch.inf if penalty is None else float(penalty) for penalty in pair)
+    return penalty_a, penalty_b
 
 
-def _log(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """log(weights) with 0 where there is no mass, and the mask of the mass."""
-    mass = weights > 0
-    return torch.where(mass, weights, 1).log(), mass
+def _problem(cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float, marginal_penalty) -> Problem:
+    """The arguments with uniform marginals filled in, all in the shape of the batch (by expansion, without a copy)."""
+    n, m = cost.shape[-2:]
+    given = [cost.shape[:-2], *(weights.shape[:-1] for weights in (a, b) if weights is not None)]
+    batch = torch.broadcast_shapes(*given)
+    a = cost.new_full((*batch, n), 1 / n) if a is None else a.expand(*batch, n)
+    b = cost.new_full((*batch, m), 1 / m) if b is None else b.expand(*batch, m)
+    return Problem(cost.expand(*batch, n, m), a, b, epsilon, *penalties(marginal_penalty))
 
 
-def _logsumexp(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """log sum exp with 0 for slices that are all -inf, and the mask of those slices; gradient 0 there."""
-    largest = logits.detach().amax(dim=dim, keepdim=True)
-    largest = torch.where(largest == -torch.inf, 0, largest)
-    total = (logits - largest).exp().sum(dim=dim)
-    empty = total == 0
-    return torch.where(empty, 1, total).log() + largest.squeeze(dim), empty
+def _outputs(problem: Problem, f: Tensor, g: Tensor, p: Tensor, count: Tensor) -> SinkhornOutputs:
+    return SinkhornOutputs(
+        _inner(p, problem.cost), _dual_value(problem, f, g, p), f, g, marginal_error(problem, f, g), count
+    )
 
 
-def _iterate(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, num_iters: int, update_first: str):
-    log_a, mass_a = _log(a)  # (..., n)
-    log_b, mass_b = _log(b)  # (..., m)
-    f = torch.where(mass_a, torch.zeros_like(a), -torch.inf)
-    g = torch.where(mass_b, torch.zeros_like(b), -torch.inf)
-
-    def update_f(g: Tensor) -> Tensor:
-        value, empty = _logsumexp((g.unsqueeze(-2) - cost) / epsilon, dim=-1)
-        return torch.where(mass_a & ~empty, epsilon * (log_a - value), -torch.inf)
-
-    def update_g(f: Tensor) -> Tensor:
-        value, empty = _logsumexp((f.unsqueeze(-1) - cost) / epsilon, dim=-2)
-        return torch.where(mass_b & ~empty, epsilon * (log_b - value), -torch.inf)
-
-    for _ in range(num_iters):
-        if update_first == "a":
-            f = update_f(g)
-            g = update_g(f)
-        else:
-            g = update_g(f)
-            f = update_f(g)
-    return f, g
-
-
-def _plan(cost: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
-    return ((f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon).exp()  # (..., n, m)
-
-
-def _inner(plan: Tensor, cost: Tensor) -> Tensor:
+def _inner(p: Tensor, cost: Tensor) -> Tensor:
     """<P, C>; a forbidden pair (C = +inf, so P = 0) counts 0."""
-    return (plan * torch.where(cost == torch.inf, 0, cost)).sum((-2, -1))
+    return (p * torch.where(cost == torch.inf, 0, cost)).sum((-2, -1))
 
 
-def _dual_value(a: Tensor, b: Tensor, f: Tensor, g: Tensor, plan: Tensor, epsilon: float) -> Tensor:
-    """<f, a> + <g, b> - eps <a, log a> - eps <b, log b> - eps sum(P) + eps sum(a) sum(b).
+def _dual_value(problem: Problem, f: Tensor, g: Tensor, p: Tensor) -> Tensor:
+    """value_a + value_b - epsilon (sum P - sum a sum b), where value_a is <a, f'> for f' = f - epsilon log a, under a
+    penalty penalty_a <a, 1 - exp(-f' / penalty_a)>.
 
-    The gradient of a mass that takes no part is 0.
+    A mass that cannot be served has the value of giving it up under a penalty (penalty_a a_i), 0 without one. Masses
+    that take no part in the value have gradient 0.
     """
-    a, b = _served(a, f), _served(b, g)
+    _, a, b, epsilon, penalty_a, penalty_b = problem
+    a, b = _counted(a, f, penalty_a), _counted(b, g, penalty_b)
 
-    def inner(weights: Tensor, potential: Tensor) -> Tensor:
-        served = potential != -torch.inf
-        log, _ = _log(weights)
-        return torch.where(served, weights * (torch.where(served, potential, 0) - epsilon * log), 0).sum(-1)
+    def value(weights: Tensor, potential: Tensor, penalty: float) -> Tensor:
+        shift, served = relative(weights, potential, epsilon)
+        if penalty == torch.inf:
+            return torch.where(served, weights * shift, 0).sum(-1)
+        return penalty * (weights * torch.where(served, -torch.expm1(-shift / penalty), 1)).sum(-1)
 
-    return inner(a, f) + inner(b, g) + epsilon * (a.sum(-1) * b.sum(-1) - plan.sum((-2, -1)))
-
-
-def _marginal_error(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    plan, a, b = plan.detach(), a.detach(), b.detach()
-    return (plan.sum(-1) - a).abs().sum(-1) + (plan.sum(-2) - b).abs().sum(-1)
+    total = value(a, f, penalty_a) + value(b, g, penalty_b)
+    return total + epsilon * (a.sum(-1) * b.sum(-1) - p.sum((-2, -1)))
 
 
-def _anchor(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A scalar that requires grad where one of the three does."""
-    return cost.sum() * 0 + a.sum() * 0 + b.sum() * 0
+def _counted(weights: Tensor, potential: Tensor, penalty: float) -> Tensor:
+    """The same masses; those that take no part in the dual value (no mass, or no way to go) are constants."""
+    counts = weights > 0
+    if penalty == torch.inf:
+        counts = counts & (potential != -torch.inf)
+    return torch.where(counts, weights, weights.detach())
 
 
-def _envelope(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float) -> SinkhornOutputs:
+def _envelope(problem: Problem, f: Tensor, g: Tensor, count: Tensor) -> SinkhornOutputs:
     """Partial derivatives of the dual value at fixed potentials; only `regularized_cost` is differentiable."""
-
-    def hide(output: str, value: Tensor) -> Tensor:
-        return uncovered(value.detach(), anchor, uncovered_message(output, "envelope", "regularized_cost"))
-
-    anchor = _anchor(cost, a, b)
-    plan = _plan(cost, f, g, epsilon)
-    value = _dual_value(a, b, f, g, plan, epsilon)
-    transport_cost = hide("transport_cost", _inner(plan, cost))
-    return SinkhornOutputs(transport_cost, value, hide("f", f), hide("g", g), _marginal_error(plan, a, b))
+    p = plan(problem, f, g)
+    outputs = _outputs(problem, f, g, p, count)
+    return _hide(outputs, problem, "envelope", "regularized_cost")
 
 
-def _detach(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float) -> SinkhornOutputs:
+def _detach(problem: Problem, f: Tensor, g: Tensor, count: Tensor) -> SinkhornOutputs:
     """The plan is a constant; only `transport_cost` is differentiable."""
+    outputs = _outputs(problem, f, g, plan(problem, f, g).detach(), count)
+    return _hide(outputs, problem, "detach", "transport_cost")
 
-    def hide(output: str, value: Tensor) -> Tensor:
-        return uncovered(value.detach(), anchor, uncovered_message(output, "detach", "transport_cost"))
 
-    anchor = _anchor(cost, a, b)
-    plan = _plan(cost, f, g, epsilon).detach()
-    value = hide("regularized_cost", _dual_value(a, b, f, g, plan, epsilon))
-    return SinkhornOutputs(_inner(plan, cost), value, hide("f", f), hide("g", g), _marginal_error(plan, a, b))
+def _implicit(problem: Problem, f: Tensor, g: Tensor, count: Tensor) -> SinkhornOutputs:
+    """The potentials are the fixed point; there the dual value does not change with them, so its gradient is the
+    envelope's, which an error in the potentials cannot blow up.
+    """
+    value = _dual_value(problem, f, g, plan(problem, f, g))
+    f, g = attach(problem, f, g)
+    return _outputs(problem, f, g, plan(problem, f, g), count)._replace(regularized_cost=value)
+
+
+_MODES = {"envelope": _envelope, "detach": _detach, "implicit": _implicit}
+
+
+def _hide(outputs: SinkhornOutputs, problem: Problem, gradient: str, covered: str) -> SinkhornOutputs:
+    """`outputs` where a backward pass through one that is not covered raises."""
+    anchor = sum(tensor.sum() * 0 for tensor in problem[:3])  # requires grad where one of the three does
+    hidden = {
+        name: uncovered(getattr(outputs, name).detach(), anchor, uncovered_message(name, gradient, covered))
+        for name in ("transport_cost", "regularized_cost", "f", "g")
+        if name != covered
+    }
+    return outputs._replace(**hidden)

@@ -1,0 +1,190 @@
+"""The Sinkhorn loop in the log domain: start, iteration, over-relaxation and the stop on the marginal error.
+
+Entries that take no part (zero marginals, costs of +inf, rows that cannot be served) are -inf in the potentials.
+Each of them is kept out of the differentiated branch, so gradients there are 0 and never NaN.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._values import values_readable
+
+
+class Problem(NamedTuple):
+    """min <P, C> + epsilon KL(P | a b^T) + penalty_a KL(P 1 | a) + penalty_b KL(P^T 1 | b); a penalty of inf is a
+    constraint.
+    """
+
+    cost: Tensor  # (..., n, m)
+    a: Tensor  # (..., n)
+    b: Tensor  # (..., m)
+    epsilon: float
+    penalty_a: float
+    penalty_b: float
+
+    def detach(self) -> Problem:
+        """The same problem without its graph."""
+        return self._replace(cost=self.cost.detach(), a=self.a.detach(), b=self.b.detach())
+
+
+class Solution(NamedTuple):
+    """Potentials after the last iteration of each problem, those before it, and the number of iterations."""
+
+    f: Tensor  # (..., n)
+    g: Tensor  # (..., m)
+    before_f: Tensor  # (..., n)
+    before_g: Tensor  # (..., m)
+    num_iters: Tensor  # (...), int64
+
+
+def damping(penalty: float, epsilon: float) -> float:
+    """lambda = penalty / (penalty + epsilon), the exponent of an update; 1 for a constraint."""
+    return 1.0 if penalty == torch.inf else penalty / (penalty + epsilon)
+
+
+def plan(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """exp((f + g - C) / epsilon), (..., n, m)."""
+    return ((f.unsqueeze(-1) + g.unsqueeze(-2) - problem.cost) / problem.epsilon).exp()
+
+
+def relative(weights: Tensor, potential: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """f' = f - epsilon log a where the mass is served, 0 elsewhere, and the mask of the served masses."""
+    served = potential != -torch.inf
+    return torch.where(served, potential, 0) - epsilon * _log(weights)[0], served
+
+
+def marginal_error(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """sum_i |(P 1)_i - a_i exp(-f'_i / penalty_a)| + sum_j |(P^T 1)_j - b_j exp(-g'_j / penalty_b)|, (...).
+
+    The targets of a constraint are a and b. A mass that cannot be served is given up under a penalty: target 0.
+    """
+    problem, f, g = problem.detach(), f.detach(), g.detach()
+
+    def target(weights: Tensor, potential: Tensor, penalty: float) -> Tensor:
+        if penalty == torch.inf:
+            return weights
+        shift, served = relative(weights, potential, problem.epsilon)
+        return weights * torch.where(served, (-shift / penalty).exp(), 0)
+
+    p = plan(problem, f, g)
+    rows = (p.sum(-1) - target(problem.a, f, problem.penalty_a)).abs().sum(-1)
+    return rows + (p.sum(-2) - target(problem.b, g, problem.penalty_b)).abs().sum(-1)
+
+
+class Iteration:
+    """One iteration as a function of the potentials: both updates, in the order of `update_first`."""
+
+    def __init__(self, problem: Problem, update_first: str) -> None:
+        self.problem = problem
+        self.rows_first = update_first == "a"
+        self.log_a, self.mass_a = _log(problem.a)
+        self.log_b, self.mass_b = _log(problem.b)
+
+    def start(self, initial_f: Tensor | None, initial_g: Tensor | None) -> tuple[Tensor, Tensor]:
+        """0 or the given potential (where it is finite) on the support of the marginal, -inf off it."""
+
+        def one(weights: Tensor, mass: Tensor, initial: Tensor | None) -> Tensor:
+            zero = torch.zeros_like(weights.detach())
+            value = zero if initial is None else torch.where(initial.isfinite(), initial.detach(), zero)
+            return torch.where(mass, value, -torch.inf)
+
+        return one(self.problem.a, self.mass_a, initial_f), one(self.problem.b, self.mass_b, initial_g)
+
+    def __call__(self, f: Tensor, g: Tensor, omega: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        if self.rows_first:
+            f = _relaxed(f, self._rows(g), omega)
+            return f, _relaxed(g, self._columns(f), omega)
+        g = _relaxed(g, self._columns(f), omega)
+        return _relaxed(f, self._rows(g), omega), g
+
+    def _rows(self, g: Tensor) -> Tensor:
+        cost, _, _, epsilon, penalty, _ = self.problem
+        value, empty = _logsumexp((g.unsqueeze(-2) - cost) / epsilon, dim=-1)
+        new = epsilon * (self.log_a - damping(penalty, epsilon) * value)
+        return torch.where(self.mass_a & ~empty, new, -torch.inf)
+
+    def _columns(self, f: Tensor) -> Tensor:
+        cost, _, _, epsilon, _, penalty = self.problem
+        value, empty = _logsumexp((f.unsqueeze(-1) - cost) / epsilon, dim=-2)
+        new = epsilon * (self.log_b - damping(penalty, epsilon) * value)
+        return torch.where(self.mass_b & ~empty, new, -torch.inf)
+
+
+class _AutoRelaxation:
+    """omega from the observed convergence: 1 for 10 iterations, then near-optimal for their ratio (Lehmann, von
+    Renesse, Sambale and Uschmajew, Optim. Lett. 2022), given up where the error has grown over 10 iterations.
+    """
+
+    PERIOD, MAX_RATIO, MAX_OMEGA = 10, 0.9999, 1.95
+
+    def __init__(self) -> None:
+        self.omega: Tensor | float = 1.0
+        self.error = torch.empty(0)
+
+    def wants(self, k: int) -> bool:
+        return k == self.PERIOD - 1 or k % self.PERIOD == 0
+
+    def observe(self, k: int, error: Tensor) -> None:
+        """`error` (...) is that of the plans after iteration k, one of those wanted."""
+        if k == self.PERIOD:
+            ratio = torch.where(self.error > 0, error / self.error, 0).clamp(max=self.MAX_RATIO)
+            self.omega = (2 / (1 + (1 - ratio).sqrt())).clamp(max=self.MAX_OMEGA).unsqueeze(-1)  # (..., 1)
+        elif k > self.PERIOD:
+            self.omega = torch.where((error > self.error).unsqueeze(-1), 1, self.omega)
+        self.error = error
+
+
+def solve(
+    iteration: Iteration, f: Tensor, g: Tensor, num_iters: int, tol: float | None, relaxation: float | str
+) -> Solution:
+    """`num_iters` iterations from f, g; with `tol` each problem is frozen after the first iteration that meets it."""
+    problem = iteration.problem
+    auto = _AutoRelaxation() if relaxation == "auto" else None
+    before_f, before_g = f, g
+    running = torch.ones_like(f[..., 0], dtype=torch.bool)  # (...)
+    count = torch.zeros_like(running, dtype=torch.int64)
+    for k in range(1, num_iters + 1):
+        new_f, new_g = iteration(f, g, auto.omega if auto else relaxation)
+        if tol is None:
+            before_f, before_g, f, g = f, g, new_f, new_g
+        else:
+            moving = running.unsqueeze(-1)
+            before_f, before_g = torch.where(moving, f, before_f), torch.where(moving, g, before_g)
+            f, g = torch.where(moving, new_f, f), torch.where(moving, new_g, g)
+        count = count + running
+        if tol is not None or auto and auto.wants(k):
+            error = marginal_error(problem, f, g)
+        if auto and auto.wants(k):
+            auto.observe(k, error)
+        if tol is not None:
+            running = running & ~(error <= tol)
+            if values_readable(running) and not running.any():
+                break
+    return Solution(f, g, before_f, before_g, count)
+
+
+def _relaxed(old: Tensor, new: Tensor, omega: Tensor | float) -> Tensor:
+    """(1 - omega) old + omega new, where both are finite."""
+    if isinstance(omega, float) and omega == 1.0:
+        return new
+    infinite = (old == -torch.inf) | (new == -torch.inf)
+    return torch.where(infinite, new, (1 - omega) * old + omega * new)
+
+
+def _log(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """log(weights) with 0 where there is no mass, and the mask of the mass."""
+    mass = weights > 0
+    return torch.where(mass, weights, 1).log(), mass
+
+
+def _logsumexp(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """log sum exp with 0 for slices that are all -inf, and the mask of those slices; gradient 0 there."""
+    largest = logits.detach().amax(dim=dim, keepdim=True)
+    largest = torch.where(largest == -torch.inf, 0, largest)
+    total = (logits - largest).exp().sum(dim=dim)
+    empty = total == 0
+    return torch.where(empty, 1, total).log() + largest.squeeze(dim), empty
