@@ -62,7 +62,7 @@ OTKD_INLINE void store(T* p, Vec<T> v) {
 
 template <class T>
 OTKD_INLINE Vec<T> splat(T x) {
-    return Vec<T>{} + x;  // the compiler turns it into a broadcast
+    return x - Vec<T>{};  // x - 0 is x for every x, 0 + x is not for -0: this one becomes a broadcast
 }
 
 // Lanes [0, count) from memory, the others `fill`; count at most a vector, never beyond it read.
