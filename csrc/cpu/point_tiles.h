@@ -111,6 +111,14 @@ class PointTiles {
   private:
     template <Metric kMetric, class Use>
     void for_metric(int64_t i, int64_t count, Use use) const;
+    // The terms of up to kTileDepth features from k0 on, rows from i on.
+    template <Metric kMetric>
+    OTKD_INLINE void add_tile(int64_t i, int rows, const S* packed, int64_t k0, Vec<S> (&acc)[kRows][2]) const {
+        const S* x[kRows];
+        for (int r = 0; r < kRows; ++r) x[r] = row_x(i + (r < rows ? r : rows - 1)) + k0;
+        const int64_t depth = points_.d - k0 < kTileDepth ? points_.d - k0 : kTileDepth;
+        accumulate_tile<S, kMetric == Metric::l1>(x, packed + k0 * kPanel, depth, acc);
+    }
     void rewrite_row(int64_t row);
     void weights(int64_t i, int64_t count, S* grad, const S* cost, double* along);
     void bwd(const Side<S>& side) const {
@@ -184,21 +192,24 @@ void PointTiles<S, T>::for_metric(int64_t i, int64_t count, Use use) const {
         const S* packed = packed_ + j0 * d;
         for (int64_t r0 = 0; r0 < count; r0 += kRows) {
             const int rows = count - r0 < kRows ? static_cast<int>(count - r0) : kRows;
-            Vec<S> total[kRows][2] = {};
-            for (int64_t k0 = 0; k0 < d; k0 += kTileDepth) {
-                const S* x[kRows];
-                for (int r = 0; r < kRows; ++r) x[r] = row_x(i + r0 + (r < rows ? r : rows - 1)) + k0;
-                Vec<S> acc[kRows][2] = {};
-                accumulate_tile<S, kMetric == Metric::l1>(x, packed + k0 * kPanel, d - k0 < kTileDepth ? d - k0 : kTileDepth, acc);
+            Vec<S> acc[kRows][2] = {};
+            add_tile<kMetric>(i + r0, rows, packed, 0, acc);
+            for (int64_t k0 = kTileDepth; k0 < d; k0 += kTileDepth) {
+                Vec<S> more[kRows][2] = {};
+                add_tile<kMetric>(i + r0, rows, packed, k0, more);
                 for (int r = 0; r < kRows; ++r) {
-                    total[r][0] += acc[r][0];
-                    total[r][1] += acc[r][1];
+                    acc[r][0] += more[r][0];
+                    acc[r][1] += more[r][1];
                 }
             }
-            for (int r = 0; r < rows; ++r) {
-                for (int c = 0; c < 2 && j0 + c * width<S> < points_.m; ++c) {
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                if (r >= rows) continue;
+#pragma GCC unroll 2
+                for (int c = 0; c < 2; ++c) {
                     const int64_t j = j0 + c * width<S>;
-                    Vec<S> cost = total[r][c];
+                    if (j >= points_.m) continue;
+                    Vec<S> cost = acc[r][c];
                     if (kMetric == Metric::l2) cost = square_root<S>(cost);
                     if (kMetric == Metric::cosine) cost = cosine<S>(cost, norms_[i + r0 + r], norms_ + points_.n + j);
                     use(r0 + r, j, cost);

@@ -158,16 +158,16 @@ class PointRows : public PointCosts<S, T> {
         if (stored_) return kernel_row<S, S>(cost, this->args_.m, ld_, exp_, kernel);
         return smallest_cost<S, S>(cost, this->args_.m);
     }
-    // Straight from the registers that hold the costs.
+    // The costs into the tile, then their exponentials in place, a row while it is in the first-level cache.
     void fill_kernel(int64_t i, int64_t count) {
+        const int64_t m = this->args_.m;
         const Vec<S> zero = {};
-        this->tiles_.for_costs(i, count, [&](int64_t r, int64_t j, Vec<S> cost) {
-            S* out = kernel_tile_ + r * ld_ + j;
-            store(out, exp_(shift_[i + r] - cost));
-            for (int64_t c = this->args_.m - j; c < width<S>; ++c) out[c] = 0;
-        });
-        for (int64_t j = round_up(this->args_.m, width<S>); j < ld_; j += width<S>) {
-            for (int64_t r = 0; r < count; ++r) store(kernel_tile_ + r * ld_ + j, zero);
+        this->tiles_.for_costs(i, count, [&](int64_t r, int64_t j, Vec<S> cost) { store(kernel_tile_ + r * ld_ + j, cost); });
+        for (int64_t r = 0; r < count; ++r) {
+            S* row = kernel_tile_ + r * ld_;
+            const S shift = shift_[i + r];
+            for (int64_t j = 0; j < ld_; j += width<S>) store(row + j, exp_(shift - load(row + j)));
+            for (int64_t j = m; j < ld_; ++j) row[j] = 0;
         }
     }
 
