@@ -20,6 +20,8 @@ NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 OPS = (
     "cost_matrix",
     "sinkhorn",
+    "sinkhorn_shared",
+    "sinkhorn_ragged",
     "sinkd",
 )
 

@@ -9,7 +9,7 @@ namespace {
     {ISA::cost_matrix_fwd, ISA::cost_matrix_bwd, ISA::sinkhorn_fwd, ISA::sinkhorn_bwd, \
      ISA::sinkhorn_workspace_bytes,                                                \
      ISA::sinkhorn_points_fwd, ISA::sinkhorn_points_bwd, ISA::sinkhorn_points_workspace_bytes, \
-     ISA::plan_apply, ISA::plan_apply_workspace_bytes}
+     ISA::plan_apply, ISA::plan_apply_bwd, ISA::plan_apply_workspace_bytes}
 #define OTKD_FAST_KERNELS(ISA) {#ISA, OTKD_FAST_KERNELS_OF(ISA), OTKD_FAST_KERNELS_OF(ISA)}
 
 const Kernels kBaseline = OTKD_FAST_KERNELS(baseline);

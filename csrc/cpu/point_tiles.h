@@ -20,7 +20,7 @@ constexpr int64_t kMostRows = 64;
 template <class T>
 struct PointSets {
     const T *x, *y;  // (batch, n, d), (batch, m, d)
-    int64_t n, m, d, x_batch_stride, y_batch_stride;
+    int64_t n, m, d;
     Metric metric;
 };
 
@@ -156,8 +156,8 @@ template <class S, class T>
 void PointTiles<S, T>::open(int64_t index, const Team& team) {
     const int64_t n = points_.n, m = points_.m, d = points_.d;
     rank_ = team.rank;
-    given_x_ = points_.x + index * points_.x_batch_stride;
-    given_y_ = points_.y + index * points_.y_batch_stride;
+    given_x_ = points_.x + index * n * d;
+    given_y_ = points_.y + index * m * d;
     int64_t begin, end;
     if (rewrites_) {
         x_ = rewritten_;

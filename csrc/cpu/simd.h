@@ -274,5 +274,20 @@ OTKD_INLINE Vec<double> ScaledExp<double>::operator()(Vec<double> d) const {
     return (Vec<double>)(~underflow & bits);
 }
 
+// log x for normal x > 0: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)). Anything else: no
+// meaning, but no trap.
+OTKD_INLINE Vec<double> log(Vec<double> x) {
+    constexpr double ln2_hi = 0x1.62e42fefa38p-1, ln2_lo = 0x1.ef35793c7673p-45;
+    constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd, mantissa = (int64_t{1} << 52) - 1;
+    const VecInt<double> above = (VecInt<double>)x - sqrt_half;  // its exponent field is e, also for negative e
+    const VecInt<double> bits = (above & mantissa) + sqrt_half;
+    const Vec<double> m = (Vec<double>)bits;
+    const Vec<double> e = (Vec<double>)((above >> 52) + 0x4338000000000000) - 6755399441055744.0;  // + 1.5 * 2^52
+    const Vec<double> t = (m - 1.0) / (m + 1.0), square = t * t;  // |t| < 0.172
+    Vec<double> p = splat(1.0 / 23);
+    for (int k = 21; k >= 3; k -= 2) p = p * square + 1.0 / k;
+    return e * ln2_hi + (2 * t + (2 * t * square * p + e * ln2_lo));
+}
+
 }  // namespace OTKD_ISA
 }  // namespace otkd_fast

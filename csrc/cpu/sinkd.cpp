@@ -36,7 +36,7 @@ struct Plan {
         solve.b = args.weights_columns;
         solve.epsilon = args.epsilon;
         solve.num_iters = args.num_iters;
-        solve.kept = backward ? args.num_iters : 0;
+        solve.keep = backward ? Keep::all : Keep::nothing;
         solve.gradient = Gradient::unroll;
         solve.transport_cost = args.transport_cost;
         const int64_t entries = args.batch * args.n * args.m;
@@ -46,7 +46,7 @@ struct Plan {
         if (backward) {
             grad_cost = take<T>(args, entries);
             incoming = take<T>(args, args.batch);
-            solve.history = take<double>(args, args.batch * (1 + args.num_iters * (args.n + args.m)));
+            solve.history = take<double>(args, args.batch * history_stride(solve));
         }
         const auto bytes_of = kernels().of<T>().sinkhorn_workspace_bytes;
         solve.workspace = take<unsigned char>(args, std::max(bytes_of(solve, false), backward ? bytes_of(solve, true) : 0));

@@ -1,4 +1,4 @@
-// Memory and team plumbing that the two ways of solving share.
+// What the ways of solving share: one problem of a batch, its pieces of memory, sums over a team, and the outputs.
 #pragma once
 #include "otkd_fast/sinkhorn.h"
 #include "otkd_fast/threads.h"
@@ -9,6 +9,7 @@ namespace OTKD_ISA {
 namespace {
 
 constexpr int kBlock = 4;  // rows that a sweep takes together
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -24,6 +25,29 @@ struct Arena {
     }
 };
 
+// A penalty rho on a marginal; infinite for a constraint.
+struct Penalty {
+    double rho, epsilon;
+    bool constraint() const { return rho == kInfinity; }
+    double lambda() const { return constraint() ? 1.0 : rho / (rho + epsilon); }
+    // exp(-f' / rho), the part of a mass that a plan is to move; `relative` is f' / epsilon. A mass that cannot be served
+    // (relative -inf) is given up, unless it is a constraint.
+    double kept(double relative) const {
+        if (constraint()) return 1.0;
+        return relative > -kInfinity ? std::exp(-relative * epsilon / rho) : 0.0;
+    }
+    // The dual value of one unit of mass: f', or rho (1 - exp(-f' / rho)).
+    double value(double relative) const {
+        if (constraint()) return relative > -kInfinity ? epsilon * relative : 0.0;
+        return relative > -kInfinity ? -rho * std::expm1(-relative * epsilon / rho) : rho;
+    }
+    // Its derivative by the mass, where the potential is fixed: f' = f - epsilon log mass.
+    double slope(double relative, double other_total) const {
+        if (constraint()) return relative > -kInfinity ? epsilon * (relative - 1.0 + other_total) : 0.0;
+        return value(relative) - epsilon * kept(relative) + epsilon * other_total;
+    }
+};
+
 // One problem of the batch.
 template <class T>
 struct Problem {
@@ -31,19 +55,31 @@ struct Problem {
     int64_t index;
     double mass_a(int64_t i) const { return args.a ? args.a[index * args.n + i] : 1.0 / static_cast<double>(args.n); }
     double mass_b(int64_t j) const { return args.b ? args.b[index * args.m + j] : 1.0 / static_cast<double>(args.m); }
-    double* history() const {
-        return args.history ? args.history + index * (1 + args.kept * (args.n + args.m)) : nullptr;
+    // Potentials / epsilon as the loop starts, where there is mass.
+    double start_phi(int64_t i) const { return start(args.initial_f, index * args.n + i); }
+    double start_gamma(int64_t j) const { return start(args.initial_g, index * args.m + j); }
+    Penalty penalty_a() const { return {args.penalty_a, args.epsilon}; }
+    Penalty penalty_b() const { return {args.penalty_b, args.epsilon}; }
+    double* history() const { return args.history ? args.history + index * history_stride(args) : nullptr; }
+    int64_t iterations() const { return static_cast<int64_t>(history()[1]); }
+    template <class S>
+    S* kept_u(int64_t slot) const {
+        return reinterpret_cast<S*>(history() + kHistoryHeader) + slot * (args.n + args.m);
     }
-    // Row and column part of the history of iteration `t`, null where it is not kept.
-    double* kept_u(int64_t t) const {
-        const int64_t slot = t - (args.num_iters - args.kept);
-        return args.history && slot >= 0 ? history() + 1 + slot * (args.n + args.m) : nullptr;
+    template <class S>
+    S* kept_v(int64_t slot) const {
+        return kept_u<S>(slot) + args.n;
     }
-    double* kept_v(int64_t t) const {
-        double* u = kept_u(t);
-        return u ? u + args.n : nullptr;
+    // The slot of the last scalings, of `ran` iterations.
+    int64_t last_slot(int64_t ran) const {
+        return args.keep == Keep::all ? ran - 1 : args.keep == Keep::last_step ? 1 : 0;
     }
     double incoming(const T* grads) const { return grads ? static_cast<double>(grads[index]) : 0.0; }
+
+  private:
+    double start(const T* potential, int64_t k) const {
+        return potential && std::isfinite(potential[k]) ? potential[k] / args.epsilon : 0.0;
+    }
 };
 
 // Loads one vector of S from T, converting between float and double where they differ.
@@ -99,41 +135,91 @@ struct Reduction {
     }
 };
 
-// transport_cost, regularized_cost and marginal_error from the row sums of the plan, its column sums and <P, C>;
-// `log_u`, `log_v` are potentials / epsilon. One thread.
+// One side of the outputs: its potential, and its part of marginal_error and of the dual value.
+struct SideOutputs {
+    double error = 0, mass = 0, dual = 0;
+    template <class T, class Mass, class Log>
+    SideOutputs(int64_t count, const Penalty& penalty, const double* sums, T* potential, bool wants_dual, Mass mass_of,
+                Log log_scaling) {
+        const bool potentials = potential || wants_dual || !penalty.constraint();
+        for (int64_t k = 0; k < count; ++k) {
+            const double own = mass_of(k), phi = potentials ? log_scaling(k) : 0.0;
+            const double relative = potentials && own > 0 ? phi - std::log(own) : 0.0;
+            error += std::fabs(sums[k] - (own > 0 ? own * penalty.kept(relative) : own));
+            mass += own;
+            if (potential) potential[k] = static_cast<T>(penalty.epsilon * phi);
+            if (wants_dual && own > 0) dual += own * penalty.value(relative);
+        }
+    }
+};
+
+// The outputs of a problem from the row sums of the plan, its column sums and <P, C>; `log_u`, `log_v` are
+// potentials / epsilon. One thread. `error` is the marginal error where it is known already, else negative.
 template <class T, class LogU, class LogV>
 void write_outputs(const Problem<T>& p, const double* row_sums, const double* column_sums, double transport_cost,
-                   LogU log_u, LogV log_v) {
+                   double error, LogU log_u, LogV log_v) {
     const SinkhornArgs<T>& args = p.args;
-    const double eps = args.epsilon;
-    double error = 0, total = 0, mass_a = 0, mass_b = 0, dual = 0;
-    const bool potentials = args.f || args.g || args.regularized_cost;
-    for (int64_t i = 0; i < args.n; ++i) {
-        const double a = p.mass_a(i), phi = potentials ? log_u(i) : 0.0;
-        error += std::fabs(row_sums[i] - a);
-        mass_a += a;
-        if (args.f) args.f[p.index * args.n + i] = static_cast<T>(eps * phi);
-        if (args.regularized_cost && a > 0 && std::isfinite(phi)) dual += a * eps * (phi - std::log(a));
-    }
-    for (int64_t j = 0; j < args.m; ++j) {
-        const double b = p.mass_b(j), gamma = potentials ? log_v(j) : 0.0;
-        error += std::fabs(column_sums[j] - b);
-        mass_b += b;
-        total += column_sums[j];
-        if (args.g) args.g[p.index * args.m + j] = static_cast<T>(eps * gamma);
-        if (args.regularized_cost && b > 0 && std::isfinite(gamma)) dual += b * eps * (gamma - std::log(b));
-    }
-    const double nan_mass = 0 * (mass_a + mass_b);  // a mass that is NaN took no part: say so in the result
+    const bool dual = args.regularized_cost;
+    T *f = args.f ? args.f + p.index * args.n : nullptr, *g = args.g ? args.g + p.index * args.m : nullptr;
+    const SideOutputs rows(args.n, p.penalty_a(), row_sums, f, dual, [&](int64_t i) { return p.mass_a(i); }, log_u);
+    const SideOutputs columns(args.m, p.penalty_b(), column_sums, g, dual, [&](int64_t j) { return p.mass_b(j); }, log_v);
+    double total = 0;
+    for (int64_t j = 0; j < args.m; ++j) total += column_sums[j];
+    const double nan_mass = 0 * (rows.mass + columns.mass);  // a mass that is NaN took no part: say so in the result
     if (args.transport_cost) args.transport_cost[p.index] = static_cast<T>(transport_cost + nan_mass);
-    if (args.regularized_cost) args.regularized_cost[p.index] = static_cast<T>(dual + eps * (mass_a * mass_b - total));
-    if (args.marginal_error) args.marginal_error[p.index] = static_cast<T>(error);
+    if (dual) {
+        const double value = rows.dual + columns.dual + args.epsilon * (rows.mass * columns.mass - total);
+        args.regularized_cost[p.index] = static_cast<T>(value);
+    }
+    if (args.marginal_error) {
+        args.marginal_error[p.index] = static_cast<T>(error >= 0 ? error : rows.error + columns.error);
+    }
 }
 
-// The part of a marginal's gradient that the regularized cost has in its formula: f - eps (log a + 1) + eps sum(b).
-inline double dual_marginal_gradient(double eps, double log_scaling, double mass, double other_total) {
-    if (!(mass > 0) || !std::isfinite(log_scaling)) return 0.0;
-    return eps * (log_scaling - std::log(mass) - 1.0 + other_total);
+// Gradients of the marginals: `by_mass` through the loop, plus the part that the dual value has in its formula.
+template <class T, class Mass, class Log, class ByMass>
+void write_marginal_gradient(T* out, int64_t count, const Penalty& penalty, double of_dual, double other_total,
+                             Mass mass_of, Log log_scaling, ByMass by_mass) {
+    for (int64_t k = 0; out && k < count; ++k) {
+        const double own = mass_of(k);
+        double grad = 0;
+        if (own > 0) {
+            grad = by_mass(k);
+            if (of_dual != 0) grad += of_dual * penalty.slope(log_scaling(k) - std::log(own), other_total);
+        }
+        out[k] = static_cast<T>(grad);
+    }
 }
+
+// The decisions of a loop; every thread of a team has its own and feeds it the same errors.
+class Control {
+  public:
+    template <class T>
+    explicit Control(const SinkhornArgs<T>& args)
+        : tol_(args.tol), omega_(args.relaxation > 0 ? args.relaxation : 1.0), automatic_(args.relaxation == 0) {}
+
+    double omega() const { return omega_; }
+    bool watches() const { return tol_ > 0; }  // the error of every iteration is wanted
+    bool needs_errors() const { return tol_ > 0 || automatic_; }
+    bool stops(double error) const { return error <= tol_; }
+    // Whether the next iteration wants the error after `done` ones first.
+    bool due(int64_t done) const { return automatic_ && (done == kPeriod - 1 || (done > 0 && done % kPeriod == 0)); }
+    void observe(int64_t done, double error) {
+        if (done == kPeriod) {
+            const double ratio = before_ > 0 ? error / before_ : 0.0;
+            const double omega = 2 / (1 + std::sqrt(1 - (ratio < 0.9999 ? ratio : 0.9999)));
+            omega_ = omega < 1.95 ? omega : 1.95;
+        } else if (done > kPeriod && error > before_) {
+            omega_ = 1;
+        }
+        before_ = error;
+    }
+
+  private:
+    static constexpr int64_t kPeriod = 10;
+    double tol_, omega_, before_ = 0;
+    bool automatic_;
+};
 
 }  // namespace
 }  // namespace OTKD_ISA

@@ -40,10 +40,12 @@ int64_t sinkhorn_points_workspace_bytes(const SinkhornPointsArgs<double>& args, 
     return solver_workspace_bytes<Points, double>(args, backward);
 }
 
-void plan_apply(const PlanApplyArgs<float>& args) { apply(args); }
-void plan_apply(const PlanApplyArgs<double>& args) { apply(args); }
-int64_t plan_apply_workspace_bytes(const PlanApplyArgs<float>& args) { return apply_bytes(args); }
-int64_t plan_apply_workspace_bytes(const PlanApplyArgs<double>& args) { return apply_bytes(args); }
+void plan_apply(const PlanApplyArgs<float>& args) { apply(args, false); }
+void plan_apply(const PlanApplyArgs<double>& args) { apply(args, false); }
+void plan_apply_bwd(const PlanApplyArgs<float>& args) { apply(args, true); }
+void plan_apply_bwd(const PlanApplyArgs<double>& args) { apply(args, true); }
+int64_t plan_apply_workspace_bytes(const PlanApplyArgs<float>& args, bool backward) { return apply_bytes(args, backward); }
+int64_t plan_apply_workspace_bytes(const PlanApplyArgs<double>& args, bool backward) { return apply_bytes(args, backward); }
 
 }  // namespace OTKD_ISA
 }  // namespace otkd_fast

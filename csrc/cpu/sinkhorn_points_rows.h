@@ -55,8 +55,8 @@ class PointCosts {
     PointCosts(const Args& args, Arena& arena, int threads, bool backward, bool keeps)
         : args_(args),
           keeps_(keeps),
-          tiles_({args.x, args.y, args.n, args.m, args.d, args.x_batch_stride, args.y_batch_stride, args.metric}, arena,
-                 threads, backward && args.need_x, backward && args.need_y) {
+          tiles_({args.x, args.y, args.n, args.m, args.d, args.metric}, arena, threads, backward && args.need_x,
+                 backward && args.need_y) {
         cost_ = arena.take<S>((keeps ? args.n : threads * block()) * args.m);
         if (backward && wants_gradient()) gradient_ = arena.take<S>(threads * block() * args.m);
     }
@@ -86,7 +86,8 @@ class PointRows : public PointCosts<S, T> {
 
     PointRows(const Args& args, Arena& arena, int threads, bool backward)
         : Base(args, arena, threads, backward, false),
-          one_pass_(backward && args.gradient != Gradient::unroll && this->wants_gradient()),
+          one_pass_(backward && (args.gradient == Gradient::envelope || args.gradient == Gradient::detach) &&
+                    this->wants_gradient()),
           stored_(args.stored && !one_pass_),
           ld_(round_up(args.m, 2 * width<S>)),
           exp_(1.0 / args.epsilon) {
@@ -119,6 +120,17 @@ class PointRows : public PointCosts<S, T> {
         spread_.put(team, 0, -static_cast<double>(low));
         spread_.put(team, 1, largest<S>(high));
     }
+    // The kernel is the plan, exp(phi_i + gamma_j - C_ij / epsilon).
+    void start_plan(const Team& team, const double* phi, const double* gamma) {
+        phi_ = phi;
+        gamma_ = gamma;
+        kernel_tile_ = kernel_ + (stored_ ? 0 : team.rank * this->block() * ld_);
+        int64_t begin, end;
+        split(round_up(this->args_.n, kBlock), kBlock, team.size, team.rank, begin, end);
+        for (int64_t i = begin; i < end; ++i) shift_[i] = 0;
+        if (!stored_) return;
+        for_blocks(begin, end, this->block(), false, [&](int64_t i, int64_t count) { fill(i, count, kernel_ + i * ld_); });
+    }
     // (max C - min C) / epsilon, after the barrier that follows start().
     double range(const Team& team) const {
         const double spread = spread_.max(team, 1) + spread_.max(team, 0);
@@ -128,16 +140,7 @@ class PointRows : public PointCosts<S, T> {
 
     const S* kernel(int64_t i, int64_t count) {
         if (stored_) return kernel_ + i * ld_;
-        const int64_t served = this->args_.n - i < count ? this->args_.n - i : count;
-        if (one_pass_) {
-            const S* cost = this->cost(i, served);
-            for (int64_t r = 0; r < served; ++r) {
-                shift_[i + r] = kernel_row<S, S>(cost + r * this->args_.m, this->args_.m, ld_, exp_, kernel_tile_ + r * ld_);
-            }
-        } else {
-            fill_kernel(i, served);
-        }
-        std::memset(kernel_tile_ + served * ld_, 0, (count - served) * ld_ * sizeof(S));
+        fill(i, count, kernel_tile_);
         return kernel_tile_;
     }
 
@@ -158,23 +161,35 @@ class PointRows : public PointCosts<S, T> {
         if (stored_) return kernel_row<S, S>(cost, this->args_.m, ld_, exp_, kernel);
         return smallest_cost<S, S>(cost, this->args_.m);
     }
-    // The costs into the tile, then their exponentials in place, a row while it is in the first-level cache.
-    void fill_kernel(int64_t i, int64_t count) {
-        const int64_t m = this->args_.m;
-        const Vec<S> zero = {};
-        this->tiles_.for_costs(i, count, [&](int64_t r, int64_t j, Vec<S> cost) { store(kernel_tile_ + r * ld_ + j, cost); });
-        for (int64_t r = 0; r < count; ++r) {
-            S* row = kernel_tile_ + r * ld_;
-            const S shift = shift_[i + r];
-            for (int64_t j = 0; j < ld_; j += width<S>) store(row + j, exp_(shift - load(row + j)));
-            for (int64_t j = m; j < ld_; ++j) row[j] = 0;
+    // The kernel of the rows [i, i + count), zeros beyond row n.
+    void fill(int64_t i, int64_t count, S* kernel) {
+        const int64_t m = this->args_.m, served = this->args_.n - i < count ? this->args_.n - i : count;
+        if (one_pass_) {
+            const S* cost = this->cost(i, served);
+            for (int64_t r = 0; r < served; ++r) shift_[i + r] = kernel_row<S, S>(cost + r * m, m, ld_, exp_, kernel + r * ld_);
+        } else {
+            this->tiles_.for_costs(i, served, [&](int64_t r, int64_t j, Vec<S> cost) { store(kernel + r * ld_ + j, cost); });
+            for (int64_t r = 0; r < served; ++r) exponentiate(i + r, kernel + r * ld_);
         }
+        std::memset(kernel + served * ld_, 0, (count - served) * ld_ * sizeof(S));
+    }
+    // A row of costs in place.
+    void exponentiate(int64_t i, S* row) const {
+        const int64_t m = this->args_.m;
+        if (phi_) {
+            if constexpr (sizeof(S) == sizeof(double)) plan_row<S>(row, m, 1.0 / this->args_.epsilon, phi_[i], gamma_, row);
+        } else {
+            const S shift = shift_[i];
+            for (int64_t j = 0; j < m; j += width<S>) store(row + j, exp_(shift - load(row + j)));
+        }
+        for (int64_t j = m; j < ld_; ++j) row[j] = 0;
     }
 
     const bool one_pass_, stored_;
     const int64_t ld_;
     const ScaledExp<S> exp_;
     S *kernel_ = nullptr, *shift_ = nullptr, *kernel_tile_ = nullptr;
+    const double *phi_ = nullptr, *gamma_ = nullptr;  // of start_plan
     Reduction spread_;
 };
 

@@ -11,6 +11,7 @@
 //            close(team)           all of it was
 //   Rows:    a Costs, and          (rows beyond n, up to a multiple of kBlock, may be asked for: zeros)
 //            start(team)           shifts and kernel of the thread's own rows; the caller's barrier comes after
+//            start_plan(team, phi, gamma)   instead: the kernel is exp(phi_i + gamma_j - C_ij / epsilon), in double
 //            shift(i)              the smallest cost of row i, 0 where there is none that is finite
 //            kernel(i, count)      K_ij = exp((shift_i - C_ij) / epsilon), (count, ld), zeros beyond column m
 //            stored()              the whole kernel lies behind kernel(0, .), whatever the block
@@ -75,6 +76,16 @@ S kernel_row(const T* cost, int64_t m, int64_t ld, const ScaledExp<S>& exp, S* k
     return shift;
 }
 
+// kernel_j = exp(phi + gamma_j - cost_j inverse) for the m columns.
+template <class T>
+void plan_row(const T* cost, int64_t m, double inverse, double phi, const double* gamma, double* kernel) {
+    const ScaledExp<double> exp(1.0);
+    for (int64_t j = 0; j < m; j += width<double>) {
+        const Vec<double> x = LoadAs<double, T>::part(cost + j, m - j, 0.0) * inverse;
+        store_as(kernel + j, exp(phi + LoadAs<double, double>::part(gamma + j, m - j, 0.0) - x), m - j);
+    }
+}
+
 template <class S, class T>
 class StoredRows : public StoredCosts<T> {
   public:
@@ -98,6 +109,17 @@ class StoredRows : public StoredCosts<T> {
                 shift_[i] = 0;
                 std::memset(k, 0, ld_ * sizeof(S));
             }
+        }
+    }
+    void start_plan(const Team& team, const double* phi, const double* gamma) {
+        const int64_t n = this->args_.n, m = this->args_.m;
+        int64_t begin, end;
+        split(this->block(), kBlock, team.size, team.rank, begin, end);
+        for (int64_t i = begin; i < end; ++i) {
+            S* k = kernel_ + i * ld_;
+            shift_[i] = 0;
+            std::memset(k, 0, ld_ * sizeof(S));
+            if (i < n) plan_row<T>(this->cost(i, 1), m, 1.0 / this->args_.epsilon, phi[i], gamma, k);
         }
     }
     bool stored() const { return true; }

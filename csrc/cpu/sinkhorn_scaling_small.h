@@ -47,39 +47,46 @@ template <class Rows>
 bool Scaling<Rows>::iterate_small(const Problem<T>& p) {
     transpose_kernel();
     const S* kernel = rows_.kernel(0, n_);
+    const Team alone{0, 1, nullptr};
+    Control control(args_);
     bool in_range = true;
-    for (int64_t t = 0; t < args_.num_iters; ++t) {
-        double *kept_u = p.kept_u(t), *kept_v = p.kept_v(t);
+    for (; ran_ < args_.num_iters; ++ran_) {
         multiply(kernel_t_, m_, n_vec_, v_, products_);
-        in_range &= divide(a_, products_, u_, n_vec_);
+        if (control.needs_errors() && ran_ > 0) {
+            const double error = row_error(p, 0, n_, products_) + column_error(p, 0, m_);
+            if (control.due(ran_)) control.observe(ran_, error);
+            if (control.stops(error)) {
+                error_ = error;
+                break;
+            }
+        }
+        in_range &= update_rows(0, n_vec_, products_, control.omega());
+        next_rows();
         multiply(kernel, n_, ld_, u_, columns_);
-        in_range &= divide(b_, columns_, v_, ld_);
-        for (int64_t i = 0; kept_u && i < n_; ++i) kept_u[i] = u_[i];
-        for (int64_t j = 0; kept_v && j < m_; ++j) kept_v[j] = v_[j];
+        in_range &= update_columns(0, ld_, control.omega());
+        std::swap(v_, next_v_);
+        if (args_.keep == Keep::all) keep_scalings(p, alone, ran_);
     }
     return in_range;
 }
 
-// One iteration of the adjoint loop from w on: z into left_, gamma_ of the iteration before.
+// One step of the adjoint loop from w on: z into left_, gamma_bar_ of the iteration before.
 template <class Rows>
-void Scaling<Rows>::adjoint_small(const double* u, const S* w, const S* v_before, int64_t t) {
-    const Vec<S> zero = {};
-    const bool last = t == args_.num_iters - 1;
+void Scaling<Rows>::adjoint_small(const Trace& step, int64_t k, const S* w, const S* v_before) {
+    const bool last = k == steps_ - 1;
     multiply(kernel_t_, m_, n_vec_, w, products_);
     for (int64_t i = 0; i < n_vec_; i += width<S>) {
-        const Vec<S> mass = load(a_ + i), scaling = LoadAs<S, double>::part(u + i, n_ - i, S(0));
-        const VecInt<S> used = mass > zero;
-        const Vec<S> own = used ? scaling : zero;
-        const Vec<S> phi = (last ? load(phi_ + i) : zero) - own * load(products_ + i);
-        store(products_ + i, used ? phi * own / mass : zero);
-        for (int64_t k = i; args_.grad_a && k < i + width<S> && k < n_; ++k) sum_phi_[k] += phi[k - i];
+        const Vec<S> own = LoadAs<S, S>::part(step.u + i, n_ - i, S(0));
+        const Vec<S> bar = (last ? load(phi_bar_ + i) : splat(S(0))) - own * load(products_ + i);
+        store(products_ + i, bar * load(slope_ + i));
+        for (int64_t r = i; args_.grad_a && r < i + width<S> && r < n_; ++r) sum_phi_[r] += bar[r - i];
     }
     for (int64_t i = 0; i < n_; ++i) {
-        left_[i * 2 * args_.num_iters + 2 * t] = a_[i] > 0 ? static_cast<S>(u[i]) : S(0);
-        left_[i * 2 * args_.num_iters + 2 * t + 1] = products_[i];
+        left_[(i * steps_ + k) * 2] = step.u[i];
+        left_[(i * steps_ + k) * 2 + 1] = products_[i];
     }
     multiply(rows_.kernel(0, n_), n_, ld_, products_, columns_);
-    for (int64_t j = 0; j < ld_; j += width<S>) store(gamma_ + j, -(load(v_before + j) * load(columns_ + j)));
+    for (int64_t j = 0; j < ld_; j += width<S>) store(gamma_bar_ + j, -(load(v_before + j) * load(columns_ + j)));
 }
 
 }  // namespace

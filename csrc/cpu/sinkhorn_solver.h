@@ -1,11 +1,12 @@
 // The choice between the ways of solving, and the threads: what every op on Sinkhorn problems shares, wherever its costs
 // come from. `Source` names the classes (sinkhorn_rows.h) that read a problem:
 //   Args<T>, Costs<T> of the log domain, Rows<S, T> of the scalings
-//   kRangeFirst  whether the range of the exponents is cheap to tell beforehand, else Rows tell it with their kernel
+//   kRangeFirst  whether the range of the costs is cheap to tell beforehand, else Rows tell it with their kernel
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
+#include "sinkhorn_implicit.h"
 #include "sinkhorn_log.h"
 #include "sinkhorn_scaling.h"
 
@@ -38,11 +39,30 @@ double log_range(const T* masses, int64_t count) {
     return most > 0 ? std::log(static_cast<double>(most) / static_cast<double>(least)) : 0.0;
 }
 
+// max - min of the finite potentials, over epsilon
 template <class T>
-double mass_range(const Problem<T>& p) {
+double potential_range(const T* potential, int64_t count, double epsilon) {
+    double low = 0, high = 0;  // those that are not finite start at 0
+    for (int64_t i = 0; i < count; ++i) {
+        if (!std::isfinite(potential[i])) continue;
+        low = potential[i] < low ? potential[i] : low;
+        high = potential[i] > high ? potential[i] : high;
+    }
+    return (high - low) / epsilon;
+}
+
+// The log range of both marginals and the range of given potentials.
+template <class T>
+double given_range(const Problem<T>& p) {
     const SinkhornArgs<T>& args = p.args;
-    return (args.a ? log_range(args.a + p.index * args.n, args.n) : 0.0) +
-           (args.b ? log_range(args.b + p.index * args.m, args.m) : 0.0);
+    double range = 0;
+    if (args.a) range += log_range(args.a + p.index * args.n, args.n);
+    if (args.b) range += log_range(args.b + p.index * args.m, args.m);
+    if (args.initial_g) range += potential_range(args.initial_g + p.index * args.m, args.m, args.epsilon);
+    if (args.initial_f && args.relaxation != 1) {
+        range += potential_range(args.initial_f + p.index * args.n, args.n, args.epsilon);
+    }
+    return range;
 }
 
 // (max - min of the finite costs) / epsilon. The range over the whole matrix bounds the exponents, and the cancellation
@@ -78,15 +98,16 @@ struct Solver {
     template <class S>
     using Scalings = Scaling<typename Source::template Rows<S, T>>;
     using Log = LogDomain<Costs>;
+    using Linear = Implicit<typename Source::template Rows<double, T>>;
 
     const Args& args;
     bool backward;
     int threads;  // that share one problem
 
-    template <class Way>
-    int64_t bytes() const {
+    template <class Way, class... Rest>
+    int64_t bytes(Rest... rest) const {
         Arena arena{nullptr};
-        Way(args, arena, threads, backward);
+        Way(args, arena, threads, rest...);
         return arena.used;
     }
     // Workspace of one problem: a reduction and the costs' own memory for the range, then the widest method.
@@ -94,10 +115,13 @@ struct Solver {
         Arena arena{nullptr};
         arena.take<double>(threads * kSlots);
         if constexpr (Source::kRangeFirst) Costs(args, arena, threads, backward);
-        int64_t most = std::max(bytes<Log>(), bytes<Scalings<double>>());
-        if constexpr (sizeof(T) == sizeof(float)) most = std::max(most, bytes<Scalings<float>>());
+        if (implicit()) return arena.used + bytes<Linear>();
+        int64_t most = std::max(bytes<Log>(backward), bytes<Scalings<double>>(backward));
+        if constexpr (sizeof(T) == sizeof(float)) most = std::max(most, bytes<Scalings<float>>(backward));
         return arena.used + most;
     }
+
+    bool implicit() const { return backward && args.gradient == Gradient::implicit; }
 
     void run(int64_t index, const Team& team, unsigned char* memory) const {
         const Problem<T> p{args, index};
@@ -107,7 +131,7 @@ struct Solver {
             solve_backward(p, team, arena);
             return;
         }
-        double range = mass_range(p);
+        double range = given_range(p);
         if constexpr (Source::kRangeFirst) {
             range += cost_range(p, Costs(args, arena, threads, false), team, reduction);
         }
@@ -121,7 +145,18 @@ struct Solver {
             Log(args, mine, threads, false).forward(p, team);
         }
         team.barrier();
-        if (team.rank == 0 && p.history()) p.history()[0] = static_cast<int>(used);
+        if (team.rank == 0 && p.history()) close_history(p, used);
+    }
+
+    // The header's method, and zeros where nothing was kept: the result is the same in every bit.
+    void close_history(const Problem<T>& p, Method used) const {
+        unsigned char* slots = reinterpret_cast<unsigned char*>(p.history() + kHistoryHeader);
+        const int64_t scalar = used == Method::scaling_float ? sizeof(float) : sizeof(double);
+        const int64_t filled = (p.last_slot(p.iterations()) + 1) * (args.n + args.m) * scalar;
+        const int64_t all = (history_stride(args) - kHistoryHeader) * static_cast<int64_t>(sizeof(double));
+        std::memset(slots + filled, 0, all - filled);
+        if (args.keep == Keep::last_step) std::memset(slots, 0, args.n * scalar);
+        p.history()[0] = static_cast<int>(used);
     }
 
     template <class S>
@@ -137,6 +172,7 @@ struct Solver {
     }
 
     void solve_backward(const Problem<T>& p, const Team& team, Arena arena) const {
+        if (implicit()) return Linear(args, arena, threads).backward(p, team);
         const Method method = static_cast<Method>(static_cast<int>(p.history()[0]));
         if (method == Method::log) return Log(args, arena, threads, true).backward(p, team);
         if (method == Method::scaling_double) return Scalings<double>(args, arena, threads, true).backward(p, team);

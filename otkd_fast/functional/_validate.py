@@ -72,16 +72,21 @@ def positive_int(name: str, value: int) -> int:
     return value
 
 
-def check_masses(a: Tensor | None, b: Tensor | None) -> None:
-    """Entries >= 0 and finite, totals > 0 and equal up to rounding; None is uniform with total 1.
+def check_masses(a: Tensor | None, b: Tensor | None, same_total: bool = True) -> None:
+    """Entries >= 0 and finite, totals > 0, and equal up to rounding if `same_total`; None is uniform with total 1.
 
     Args:
         a: (..., n) or None.
         b: (..., m) or None; not None if `a` is.
     """
     a, b = None if a is None else a.detach(), None if b is None else b.detach()
-    if not _surely_right(a, b):
-        _find_what_is_wrong(a, b)
+    if same_total:
+        if not _surely_right(a, b):
+            _find_what_is_wrong(a, b)
+        return
+    for name, weights in (("a", a), ("b", b)):
+        if weights is not None and weights.numel():
+            _total(name, weights)
 
 
 def _surely_right(a: Tensor | None, b: Tensor | None) -> bool:

@@ -3,6 +3,8 @@
 Importing this package registers them. They are below autograd: gradients belong to :mod:`otkd_fast.functional`.
 """
 
-from . import cost_matrix, sinkd, sinkhorn, sinkhorn_points
+from . import _standin, cost_matrix, sinkd, sinkhorn, sinkhorn_points
+
+_standin.register("sinkhorn_shared", "sinkhorn_ragged")
 
 __all__ = ["cost_matrix", "sinkd", "sinkhorn", "sinkhorn_points"]

@@ -11,54 +11,82 @@ from torch import Tensor
 from . import _library
 from ._library import address, contiguous, native
 
-GRADIENTS = {"unroll": 0, "envelope": 1, "detach": 2}
-KEEP_NOTHING, KEEP_LAST, KEEP_ALL = 0, 1, 2
+GRADIENTS = {"unroll": 0, "envelope": 1, "detach": 2, "last_step": 3, "implicit": 4}
+KEEP_NOTHING, KEEP_LAST, KEEP_ALL, KEEP_LAST_STEP = 0, 1, 2, 3
+# what the history has to hold for a gradient
+KEEP = {
+    "unroll": KEEP_ALL, "envelope": KEEP_LAST, "detach": KEEP_LAST, "last_step": KEEP_LAST_STEP, "implicit": KEEP_LAST,
+}  # fmt: skip
+_HEADER = 2
+_FORWARD = -1
 
 
 def history_size(n: int, m: int, num_iters: int, keep: int) -> int:
-    """Doubles of history a problem: how it was solved, then the scalings of the iterations kept."""
-    kept = {KEEP_NOTHING: 0, KEEP_LAST: 1, KEEP_ALL: num_iters}[keep]
-    return 1 + kept * (n + m) if kept else 0
+    """Doubles of history a problem: how it was solved and how many iterations ran, then the scalings that are kept."""
+    slots = {KEEP_NOTHING: 0, KEEP_LAST: 1, KEEP_ALL: num_iters, KEEP_LAST_STEP: 2}[keep]
+    return _HEADER + slots * (n + m) if slots else 0
 
 
-def _kept(history: Tensor, n: int, m: int) -> int:
-    return (history.shape[-1] - 1) // (n + m) if history.shape[-1] else 0
+def _problems(
+    operands: tuple[Tensor | None, ...], history: Tensor, num_iters: int, keep: int, options: tuple[float, ...]
+) -> tuple:
+    """What the native module is told of the problems, but for the workspace; operands: cost, a, b, initial_f, initial_g,
+    all contiguous; options: epsilon, tol, relaxation, penalty_a, penalty_b."""
+    cost = operands[0]
+    *batch, n, m = cost.shape
+    return (
+        _library.dtype_code(cost), *(address(tensor) for tensor in operands), address(history), 0,
+        _library.product(batch), n, m, num_iters, keep, *options, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _with_workspace(problems: tuple, gradient: int) -> tuple[tuple, Tensor]:
+    """The same with a workspace, and that, which has to outlive the call."""
+    scratch = _library.workspace(native.sinkhorn_workspace(problems, gradient))
+    return (*problems[:7], scratch.data_ptr(), *problems[8:]), scratch
 
 
 def _fwd_fake(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float, num_iters: int, update_a_first: bool, keep: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     *batch, n, m = cost.shape
-    scalars = [cost.new_empty(batch) for _ in range(3)]
+    transport_cost, regularized_cost, marginal_error = (cost.new_empty(batch) for _ in range(3))
     history = cost.new_empty((*batch, history_size(n, m, num_iters, keep)), dtype=torch.float64)
-    return scalars[0], scalars[1], cost.new_empty((*batch, n)), cost.new_empty((*batch, m)), scalars[2], history
+    return (
+        transport_cost, regularized_cost, cost.new_empty((*batch, n)), cost.new_empty((*batch, m)), marginal_error,
+        cost.new_empty(batch, dtype=torch.int64), history,
+    )  # fmt: skip
 
 
 def _fwd_cpu(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float, num_iters: int, update_a_first: bool, keep: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _fwd_fake(cost, a, b, epsilon, num_iters, update_a_first, keep)
-    transport_cost, regularized_cost, f, g, marginal_error, history = outputs
-    if not update_a_first:
-        cost, a, b, f, g = cost.mT, b, a, g, f
-    cost, a, b = cost.contiguous(), contiguous(a), contiguous(b)
-    *batch, n, m = cost.shape
-    problems, code, threads = _library.product(batch), _library.dtype_code(cost), torch.get_num_threads()
-    if problems == 0:
-        return outputs
-    scratch = _library.workspace(native.sinkhorn_workspace(code, problems, n, m, num_iters, threads, False))
-    native.sinkhorn_fwd(
-        code, cost.data_ptr(), address(a), address(b), address(history), scratch.data_ptr(), problems, n, m, num_iters,
-        _kept(history, n, m), epsilon, threads, address(transport_cost), address(regularized_cost), address(f),
-        address(g), address(marginal_error),
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    outputs = _fwd_fake(
+        cost, a, b, initial_f, initial_g, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first,
+        keep,
     )  # fmt: skip
+    transport_cost, regularized_cost, f, g, marginal_error, iterations, history = outputs
+    if not update_a_first:
+        cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
+        penalty_a, penalty_b = penalty_b, penalty_a
+    if marginal_error.numel():
+        operands = tuple(contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g))
+        options = (epsilon, tol, relaxation, penalty_a, penalty_b)
+        problems, scratch = _with_workspace(_problems(operands, history, num_iters, keep, options), _FORWARD)
+        results = (transport_cost, regularized_cost, f, g, marginal_error, iterations)
+        native.sinkhorn_fwd(problems, tuple(address(tensor) for tensor in results))
     return outputs
 
 
 def _bwd_fake(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, history: Tensor, grad_transport_cost: Tensor | None,
-    grad_regularized_cost: Tensor | None, grad_f: Tensor | None, grad_g: Tensor | None, epsilon: float,
-    num_iters: int, update_a_first: bool, gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     *batch, n, m = cost.shape
     return (
@@ -69,28 +97,30 @@ def _bwd_fake(
 
 
 def _bwd_cpu(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, history: Tensor, grad_transport_cost: Tensor | None,
-    grad_regularized_cost: Tensor | None, grad_f: Tensor | None, grad_g: Tensor | None, epsilon: float,
-    num_iters: int, update_a_first: bool, gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not update_a_first:
-        cost, a, b, grad_f, grad_g, need_a, need_b = cost.mT, b, a, grad_g, grad_f, need_b, need_a
-    cost, a, b, history = cost.contiguous(), contiguous(a), contiguous(b), history.contiguous()
-    incoming = [contiguous(g) for g in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
+        cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
+        penalty_a, penalty_b, need_a, need_b = penalty_b, penalty_a, need_b, need_a
     *batch, n, m = cost.shape
-    problems, code, threads = _library.product(batch), _library.dtype_code(cost), torch.get_num_threads()
+    if history.shape[-1] != history_size(n, m, num_iters, KEEP[gradient]):
+        raise ValueError(f"history: expected that of a forward with keep={KEEP[gradient]}, got {tuple(history.shape)}")
     grads = (
         cost.new_empty(cost.shape if need_cost else (0,)),
         cost.new_empty((*batch, n) if need_a else (0,)),
         cost.new_empty((*batch, m) if need_b else (0,)),
     )
-    if problems:
-        scratch = _library.workspace(native.sinkhorn_workspace(code, problems, n, m, num_iters, threads, True))
-        native.sinkhorn_bwd(
-            code, cost.data_ptr(), address(a), address(b), history.data_ptr(), scratch.data_ptr(), problems, n, m,
-            num_iters, _kept(history, n, m), epsilon, threads, GRADIENTS[gradient], *(address(g) for g in incoming),
-            *(address(grad) for grad in grads),
-        )  # fmt: skip
+    if _library.product(batch):
+        history = history.contiguous()
+        operands = tuple(contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g))
+        incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
+        options = (epsilon, 0.0, 1.0, penalty_a, penalty_b)
+        mode = GRADIENTS[gradient]
+        problems, scratch = _with_workspace(_problems(operands, history, num_iters, KEEP[gradient], options), mode)
+        native.sinkhorn_bwd(problems, mode, tuple(address(tensor) for tensor in (*incoming, *grads)))
     if update_a_first:
         return grads
     grad_cost, grad_b, grad_a = grads
@@ -98,15 +128,17 @@ def _bwd_cpu(
 
 
 _library.register(
-    "sinkhorn_fwd(Tensor cost, Tensor? a, Tensor? b, float epsilon, int num_iters, bool update_a_first, int keep) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sinkhorn_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, float epsilon, "
+    "int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, bool update_a_first, int keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
 )
 _library.register(
-    "sinkhorn_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor history, Tensor? grad_transport_cost, "
-    "Tensor? grad_regularized_cost, Tensor? grad_f, Tensor? grad_g, float epsilon, int num_iters, "
-    "bool update_a_first, str gradient, bool need_cost, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+    "sinkhorn_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
+    "Tensor? grad_transport_cost, Tensor? grad_regularized_cost, Tensor? grad_f, Tensor? grad_g, float epsilon, "
+    "int num_iters, float penalty_a, float penalty_b, bool update_a_first, str gradient, bool need_cost, bool need_a, "
+    "bool need_b) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
 )

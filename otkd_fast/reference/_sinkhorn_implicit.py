@@ -48,19 +48,23 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_f, grad_g):
-        cost, a, b, f, g = ctx.saved_tensors
         with torch.no_grad():
-            problem = Problem(cost.double(), a.double(), b.double(), *ctx.options)
-            grads = _gradients(problem, f.double(), g.double(), grad_f, grad_g, RELATIVE_RESIDUAL[cost.dtype])
-        return *(grad.to(cost.dtype) for grad in grads), *(None,) * 5
+            grads = _gradients(*ctx.saved_tensors, grad_f, grad_g, *ctx.options)
+        return *grads, *(None,) * 5
 
 
+@torch.library.custom_op("otkd_fast::sinkhorn_implicit_reference", mutates_args=())
 def _gradients(
-    problem: Problem, f: Tensor, g: Tensor, grad_f: Tensor, grad_g: Tensor, tol: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of cost, a and b for the incoming `grad_f` (..., n) and `grad_g` (..., m)."""
-    _, a, b, epsilon, penalty_a, penalty_b = problem
-    p = plan(problem, f, g)  # (..., n, m)
+    cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, grad_f: Tensor, grad_g: Tensor,
+    epsilon: float, penalty_a: float, penalty_b: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of cost, a and b for the incoming `grad_f` (..., n) and `grad_g` (..., m).
+
+    An operator, so that a compiler takes its loop as one node; every tensor has the axes of the batch.
+    """
+    tensors = (tensor.double() for tensor in (cost, a, b))
+    problem = Problem(*tensors, epsilon, penalty_a, penalty_b)
+    p = plan(problem, f.double(), g.double())  # (..., n, m)
     rows, columns = p.sum(-1), p.sum(-2)  # (..., n), (..., m)
     has_row, has_column = rows > 0, columns > 0
     diagonal_a = torch.where(has_row, rows / damping(penalty_a, epsilon), 1)
@@ -69,13 +73,25 @@ def _gradients(
     gauge = _Gauge(p, has_row, has_column) if penalty_a == penalty_b == torch.inf else None
     if gauge:
         w, x = gauge.project(w, x)
-    w, x = _solve(p, diagonal_a, diagonal_b, w, x, tol)
+    w, x = _solve(p, diagonal_a, diagonal_b, w, x, RELATIVE_RESIDUAL[cost.dtype])
     if gauge:
         w, x = gauge.project(w, x)
     grad_cost = p * (w.unsqueeze(-1) + x.unsqueeze(-2))
-    grad_a = torch.where(has_row, epsilon * diagonal_a / torch.where(has_row, a, 1) * w, 0)
-    grad_b = torch.where(has_column, epsilon * diagonal_b / torch.where(has_column, b, 1) * x, 0)
-    return grad_cost, grad_a, grad_b
+    grad_a = torch.where(has_row, epsilon * diagonal_a / torch.where(has_row, problem.a, 1) * w, 0)
+    grad_b = torch.where(has_column, epsilon * diagonal_b / torch.where(has_column, problem.b, 1) * x, 0)
+    return grad_cost.to(cost.dtype), grad_a.to(cost.dtype), grad_b.to(cost.dtype)
+
+
+@_gradients.register_fake
+def _(cost, a, b, *_):
+    return cost.new_empty(cost.shape), a.new_empty(a.shape), b.new_empty(b.shape)
+
+
+@_gradients.register_vmap
+def _(info, in_dims, *arguments):
+    size, tensors = info.batch_size, zip(arguments[:7], in_dims[:7], strict=True)
+    tensors = (t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in tensors)
+    return _gradients(*tensors, *arguments[7:]), (0, 0, 0)
 
 
 def _solve(
@@ -100,8 +116,8 @@ def _solve(
     direction = z = residual / diagonal_b
     square = inner(residual, z)
     running = square > target
-    for _ in range(min(MAX_STEPS, 10 * p.shape[-1])):
-        if values_readable(p) and not running.any():
+    for _ in range(MAX_STEPS):
+        if values_readable(running) and not running.any():
             break
         image = diagonal_b * direction - down(across(direction) / diagonal_a)
         curvature = inner(direction, image)

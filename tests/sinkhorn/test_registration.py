@@ -5,10 +5,16 @@ import torch
 from torch.func import grad, jacrev, vmap
 
 import otkd_fast
+from otkd_fast.functional._sinkhorn_options import COVERED, GRADIENTS, KEEP, OUTPUTS
 from otkd_fast.testing import backends, random_problem
 
-OUTPUTS = ("transport_cost", "regularized_cost", "f", "g")
-CASES = [("unroll", name) for name in OUTPUTS] + [("envelope", "regularized_cost"), ("detach", "transport_cost")]
+CASES = [("unroll", name) for name in OUTPUTS] + [
+    ("envelope", "regularized_cost"),
+    ("detach", "transport_cost"),
+    ("last_step", "transport_cost"),
+    ("last_step", "g"),
+    ("implicit", "transport_cost"),
+]
 COMPILED = backends("sinkhorn", compiled_only=True)
 ALL = backends("sinkhorn")
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -31,24 +37,27 @@ def layouts(generator):
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled backend")
 @pytest.mark.parametrize("update_a_first", [True, False])
-@pytest.mark.parametrize("gradient", ["unroll", "envelope", "detach"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
 def test_opcheck(gradient, update_a_first, generator):
     ops = torch.ops.otkd_fast
+    tol, relaxation, penalties = 0.05, 1.2 if gradient in ("envelope", "detach", "implicit") else 1.0, (0.5, torch.inf)
     for k, problem in enumerate(layouts(generator)):
         dtype = (torch.float64, torch.float32)[k % 2]
         problem = [None if tensor is None else tensor.to(dtype) for tensor in problem]
-        for keep in (0, 1, 2):
-            arguments = (*problem, 0.3, 3, update_a_first, keep)
+        *batch, _, m = problem[0].shape
+        start = (None, torch.rand(*batch, m, generator=generator).to(dtype) if k % 2 else None)
+        for keep in (0, KEEP[gradient]):
+            arguments = (*problem, *start, 0.3, 3, tol, relaxation, *penalties, update_a_first, keep)
             torch.library.opcheck(ops.sinkhorn_fwd.default, arguments, test_utils=CHECKS)
-        outputs = ops.sinkhorn_fwd(*problem, 0.3, 3, update_a_first, 2 if gradient == "unroll" else 1)
+        outputs = ops.sinkhorn_fwd(*arguments)
         grads = [torch.randn_like(output) for output in outputs[:4]]
-        if gradient == "unroll":
-            grads[k] = None  # an output that nobody used
+        if gradient in COVERED:
+            grads = [value if name == COVERED[gradient] else None for name, value in zip(OUTPUTS, grads, strict=True)]
         else:
-            covered = 1 if gradient == "envelope" else 0
-            grads = [value if i == covered else None for i, value in enumerate(grads)]
+            grads[k] = None  # an output that nobody used
         needs = (True, gradient != "detach" and problem[1] is not None, gradient != "detach" and problem[2] is not None)
-        arguments = (*problem, outputs[5], *grads, 0.3, 3, update_a_first, gradient, *needs)
+        options = (0.3, 3, *penalties, update_a_first, gradient)
+        arguments = (*problem, *start, outputs[6], *grads, *options, *needs)
         torch.library.opcheck(ops.sinkhorn_bwd.default, arguments, test_utils=CHECKS)
 
 
@@ -115,7 +124,7 @@ def test_compile_with_other_sizes_and_options(backend, generator):
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("gradient", ["unroll", "envelope", "detach"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("backend", ALL)
 def test_compiled_function_may_return_the_result(backend, gradient, generator):
     cost = inputs_of(generator)[0].requires_grad_()
@@ -130,7 +139,7 @@ def test_compiled_function_may_return_the_result(backend, gradient, generator):
     covered = "regularized_cost" if gradient == "envelope" else "transport_cost"
     grads = [torch.autograd.grad(getattr(result, covered).sum(), cost)[0] for result in (actual, expected)]
     torch.testing.assert_close(*grads)
-    if gradient != "unroll":
+    if gradient in COVERED:
         result = torch.compile(solve, fullgraph=True, backend="aot_eager")(cost)
         with pytest.raises(RuntimeError, match=f"gradient='{gradient}' differentiates {covered} only"):
             (result.f**2).sum().backward()

@@ -22,7 +22,8 @@ struct KernelsOf {
     void (*sinkhorn_points_bwd)(const SinkhornPointsArgs<T>&);
     int64_t (*sinkhorn_points_workspace_bytes)(const SinkhornPointsArgs<T>&, bool backward);
     void (*plan_apply)(const PlanApplyArgs<T>&);
-    int64_t (*plan_apply_workspace_bytes)(const PlanApplyArgs<T>&);
+    void (*plan_apply_bwd)(const PlanApplyArgs<T>&);
+    int64_t (*plan_apply_workspace_bytes)(const PlanApplyArgs<T>&, bool backward);
 };
 
 struct Kernels {

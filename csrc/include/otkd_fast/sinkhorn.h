@@ -2,21 +2,31 @@
 // transposed problem). Everything contiguous. A null marginal is uniform.
 #pragma once
 #include <cstdint>
+#include <limits>
 
 namespace otkd_fast {
 
-enum class Gradient : int { unroll = 0, envelope = 1, detach = 2 };
+enum class Gradient : int { unroll = 0, envelope = 1, detach = 2, last_step = 3, implicit = 4 };
+
+// What the history holds: nothing; the last scalings; those of every iteration; the last ones and those before them.
+enum class Keep : int { nothing = 0, last = 1, all = 2, last_step = 3 };
 
 template <class T>
 struct SinkhornArgs {
-    const T* cost;     // (batch, n, m), +inf allowed
-    const T* a;        // (batch, n) or null
-    const T* b;        // (batch, m) or null
-    double* history;   // (batch, history_stride) or null; see below
+    const T* cost;             // (batch, n, m), +inf allowed
+    const T* a;                // (batch, n) or null
+    const T* b;                // (batch, m) or null
+    const T* initial_f;        // (batch, n) or null: zeros; what is not finite counts as 0
+    const T* initial_g;        // (batch, m) or null
+    double* history;           // (batch, history_stride) or null; see below
     unsigned char* workspace;  // sinkhorn_workspace_bytes bytes, 64-byte aligned
     int64_t batch, n, m, num_iters;
-    int64_t kept;      // iterations kept in history: 0, 1 (the last) or num_iters
+    Keep keep;
     double epsilon;
+    double tol = 0;         // 0: num_iters iterations; else a problem stops when its marginal error is at most this
+    double relaxation = 1;  // 0: chosen on the way
+    double penalty_a = std::numeric_limits<double>::infinity();  // infinity: a constraint
+    double penalty_b = std::numeric_limits<double>::infinity();
     int threads;
     // forward, each may be null
     T* transport_cost;    // (batch,)
@@ -24,6 +34,7 @@ struct SinkhornArgs {
     T* f;                 // (batch, n)
     T* g;                 // (batch, m)
     T* marginal_error;    // (batch,)
+    int64_t* iterations;  // (batch,) that ran
     // backward, incoming gradients may be null (zero), outgoing ones null where not wanted
     bool kernel_ready;  // the workspace is as the forward of this very problem left it (batch 1)
     Gradient gradient;
@@ -31,9 +42,17 @@ struct SinkhornArgs {
     T *grad_cost, *grad_a, *grad_b;
 };
 
-// History of one problem, 1 + kept * (n + m) doubles: how it was solved (Method), then for each kept iteration the row and
-// the column scalings, or in the log domain their logarithms.
+// History of one problem, in doubles: how it was solved (Method), the iterations that ran, then slots of n row and m column
+// scalings. They are floats (and take half of the place) with scaling_float, logarithms with log. One slot for Keep::last,
+// num_iters for Keep::all; two for Keep::last_step: before the last iteration (the columns count) and after it.
 enum class Method : int { scaling_float = 0, scaling_double = 1, log = 2 };
+constexpr int64_t kHistoryHeader = 2;
+
+template <class T>
+int64_t history_stride(const SinkhornArgs<T>& args) {
+    const int64_t slots[] = {0, 1, args.num_iters, 2};
+    return kHistoryHeader + slots[static_cast<int>(args.keep)] * (args.n + args.m);
+}
 
 #define OTKD_FAST_DECLARE_SINKHORN(ISA)                                           \
     namespace ISA {                                                               \

@@ -1,0 +1,158 @@
+"""The autograd.Functions of the Sinkhorn ops on costs: dense, shared by a batch of marginals, ragged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
+from .._guards import refuse_gradient, uncovered_message
+from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
+from ._sinkhorn_options import COVERED, KEEP, OUTPUTS, Options
+
+_FORWARD = {
+    "dense": torch.ops.otkd_fast.sinkhorn_fwd.default,
+    "shared": torch.ops.otkd_fast.sinkhorn_shared_fwd.default,
+    "ragged": torch.ops.otkd_fast.sinkhorn_ragged_fwd.default,
+}
+_BACKWARD = {
+    "dense": torch.ops.otkd_fast.sinkhorn_bwd.default,
+    "shared": torch.ops.otkd_fast.sinkhorn_shared_bwd.default,
+    "ragged": torch.ops.otkd_fast.sinkhorn_ragged_bwd.default,
+}
+
+
+def solve(
+    family: str,
+    cost: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    initial_f: Tensor | None,
+    initial_g: Tensor | None,
+    options: Options,
+    gradient: str,
+    row_offsets: Tensor | None = None,
+    column_offsets: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """transport_cost, regularized_cost, f, g, marginal_error, num_iters of the compiled op of `family`.
+
+    'dense': cost (..., n, m), a (..., n), b (..., m); 'shared': cost (n, m), a (B, n), b (B, m), one of them not None;
+    'ragged': packed cost, a (N,) and b (M,) with the offsets.
+    """
+    if needs_function(cost, a, b):
+        tensors = distinct(cost, a, b, row_offsets, column_offsets, initial_f, initial_g)
+        return _Sinkhorn.apply(*tensors, family, *options, gradient)[:6]
+    tensors = cost, a, b, row_offsets, column_offsets, initial_f, initial_g
+    return _forward(family, *tensors, *options, 0)[:6]
+
+
+def _forward(family, cost, a, b, row_offsets, column_offsets, initial_f, initial_g, *options):
+    if family == "ragged":
+        sizes = a.shape[0], b.shape[0]
+        return _FORWARD[family](cost, a, b, row_offsets, column_offsets, *sizes, initial_f, initial_g, *options)
+    return _FORWARD[family](cost, a, b, initial_f, initial_g, *options)
+
+
+def _backward(family, cost, a, b, row_offsets, column_offsets, *rest):
+    if family == "ragged":
+        return _BACKWARD[family](cost, a, b, row_offsets, column_offsets, a.shape[0], b.shape[0], *rest)
+    return _BACKWARD[family](cost, a, b, *rest)
+
+
+@keep_signature
+class _Sinkhorn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        cost, a, b, row_offsets, column_offsets, initial_f, initial_g,
+        family, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, gradient,
+    ):  # fmt: skip
+        return _forward(
+            family, cost, a, b, row_offsets, column_offsets, initial_f, initial_g,
+            epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, KEEP[gradient],
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *_, marginal_error, num_iters, history = output
+        ctx.mark_non_differentiable(marginal_error, num_iters, history)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:7], history)
+        ctx.family, epsilon, iterations, _, _, *penalties_and_order, ctx.gradient = inputs[7:]
+        ctx.options = (epsilon, iterations, *penalties_and_order)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needs = ctx.needs_input_grad[:3]
+        grads = covered_only(grads[:4], ctx.gradient)
+        if all(grad is None for grad in grads):
+            return (None,) * 16
+        arguments = (*ctx.saved_tensors, *grads, *ctx.options, ctx.gradient, *needs)
+        if transformed():
+            results = _SinkhornBackward.apply(ctx.family, *arguments)
+        else:
+            results = _backward(ctx.family, *arguments)
+        return *(result if need else None for result, need in zip(results, needs, strict=True)), *(None,) * 13
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        if arguments[7] == "dense":
+            tensors = _all_mapped(info, in_dims, arguments, range(7))
+            return _Sinkhorn.apply(*tensors, *arguments[7:]), (0,) * 7
+        runs = [_Sinkhorn.apply(*one) for one in _each(info, in_dims, arguments)]
+        return tuple(torch.stack(outputs) for outputs in zip(*runs, strict=True)), (0,) * 7
+
+
+@keep_signature
+class _SinkhornBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        family, cost, a, b, row_offsets, column_offsets, initial_f, initial_g, history,
+        grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
+        epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
+    ):  # fmt: skip
+        return _backward(
+            family, cost, a, b, row_offsets, column_offsets, initial_f, initial_g, history,
+            grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
+            epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.family = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise no_second_derivative("sinkhorn" if ctx.family != "ragged" else "sinkhorn_ragged")
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        needs = arguments[-3:]
+        out_dims = tuple(0 if need else None for need in needs)
+        if arguments[0] == "dense":
+            tensors = _all_mapped(info, in_dims, arguments, range(1, 13))
+            return _SinkhornBackward.apply("dense", *tensors, *arguments[13:]), out_dims
+        runs = [_SinkhornBackward.apply(*one) for one in _each(info, in_dims, arguments)]
+        grads = zip(*runs, strict=True)
+        return tuple(torch.stack(g) if need else g[0] for g, need in zip(grads, needs, strict=True)), out_dims
+
+
+def covered_only(grads, gradient: str):
+    """`grads` of the outputs that the mode differentiates; RuntimeError if another one has a gradient."""
+    if gradient not in COVERED:
+        return grads
+    covered = COVERED[gradient]
+    for output, grad in zip(OUTPUTS, grads, strict=True):
+        if output != covered and grad is not None:
+            refuse_gradient(grad, uncovered_message(output, gradient, covered))
+    return tuple(grad if output == covered else None for output, grad in zip(OUTPUTS, grads, strict=True))
+
+
+def _all_mapped(info, in_dims, arguments, which: range) -> list[Tensor | None]:
+    """The tensors (or None) at the positions `which` with the mapped axis in front of each."""
+    return [mapped(arguments[k], in_dims[k], info.batch_size) for k in which]
+
+
+def _each(info, in_dims, arguments):
+    """The arguments of each entry of the mapped axis, for ops without batch axes."""
+    for k in range(info.batch_size):
+        yield [x if dim is None else x.select(dim, k) for x, dim in zip(arguments, in_dims, strict=True)]
