@@ -15,7 +15,9 @@ from .functional.planned import (
     sqrtm,
 )
 from .functional.sinkhorn import sinkhorn
+from .functional.sinkhorn_ragged import sinkhorn_ragged
 from .functional.sinkhorn_result import SinkhornResult
+from .functional.wasserstein_1d import wasserstein_1d
 
 __all__ = [
     "SinkhornResult",
@@ -29,5 +31,7 @@ __all__ = [
     "losses",
     "sinkhorn",
     "sinkhorn_points",
+    "sinkhorn_ragged",
     "sqrtm",
+    "wasserstein_1d",
 ]

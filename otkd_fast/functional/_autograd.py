@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+
+def find_op(name: str) -> torch._ops.OpOverload | None:
+    """``torch.ops.otkd_fast.<name>``; None where no backend has it yet."""
+    packet = getattr(torch.ops.otkd_fast, name, None)
+    return None if packet is None else packet.default
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
@@ -79,6 +86,12 @@ def mapped(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     if tensor is not None and dim is None:
         return tensor.expand(size, *tensor.shape)
     return to_front(tensor, dim)
+
+
+def each_mapped(info, in_dims, arguments) -> Iterator[list]:
+    """The arguments for each entry of the axis that vmap maps, for ops without batch axes."""
+    for k in range(info.batch_size):
+        yield [x if dim is None else x.select(dim, k) for x, dim in zip(arguments, in_dims, strict=True)]
 
 
 def no_second_derivative(op: str) -> RuntimeError:

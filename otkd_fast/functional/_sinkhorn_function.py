@@ -7,19 +7,21 @@ from torch import Tensor
 
 from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .._guards import refuse_gradient, uncovered_message
-from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
+from ._autograd import (
+    distinct,
+    each_mapped,
+    find_op,
+    keep_signature,
+    mapped,
+    needs_function,
+    no_second_derivative,
+    transformed,
+)
 from ._sinkhorn_options import COVERED, KEEP, OUTPUTS, Options
 
-_FORWARD = {
-    "dense": torch.ops.otkd_fast.sinkhorn_fwd.default,
-    "shared": torch.ops.otkd_fast.sinkhorn_shared_fwd.default,
-    "ragged": torch.ops.otkd_fast.sinkhorn_ragged_fwd.default,
-}
-_BACKWARD = {
-    "dense": torch.ops.otkd_fast.sinkhorn_bwd.default,
-    "shared": torch.ops.otkd_fast.sinkhorn_shared_bwd.default,
-    "ragged": torch.ops.otkd_fast.sinkhorn_ragged_bwd.default,
-}
+_NAMES = {"dense": "sinkhorn", "shared": "sinkhorn_shared", "ragged": "sinkhorn_ragged"}
+_FORWARD = {family: find_op(f"{name}_fwd") for family, name in _NAMES.items()}
+_BACKWARD = {family: find_op(f"{name}_bwd") for family, name in _NAMES.items()}
 
 
 def solve(
@@ -98,7 +100,7 @@ class _Sinkhorn(torch.autograd.Function):
         if arguments[7] == "dense":
             tensors = _all_mapped(info, in_dims, arguments, range(7))
             return _Sinkhorn.apply(*tensors, *arguments[7:]), (0,) * 7
-        runs = [_Sinkhorn.apply(*one) for one in _each(info, in_dims, arguments)]
+        runs = [_Sinkhorn.apply(*one) for one in each_mapped(info, in_dims, arguments)]
         return tuple(torch.stack(outputs) for outputs in zip(*runs, strict=True)), (0,) * 7
 
 
@@ -122,7 +124,7 @@ class _SinkhornBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise no_second_derivative("sinkhorn" if ctx.family != "ragged" else "sinkhorn_ragged")
+        raise no_second_derivative(_NAMES[ctx.family])
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -131,7 +133,7 @@ class _SinkhornBackward(torch.autograd.Function):
         if arguments[0] == "dense":
             tensors = _all_mapped(info, in_dims, arguments, range(1, 13))
             return _SinkhornBackward.apply("dense", *tensors, *arguments[13:]), out_dims
-        runs = [_SinkhornBackward.apply(*one) for one in _each(info, in_dims, arguments)]
+        runs = [_SinkhornBackward.apply(*one) for one in each_mapped(info, in_dims, arguments)]
         grads = zip(*runs, strict=True)
         return tuple(torch.stack(g) if need else g[0] for g, need in zip(grads, needs, strict=True)), out_dims
 
@@ -150,9 +152,3 @@ def covered_only(grads, gradient: str):
 def _all_mapped(info, in_dims, arguments, which: range) -> list[Tensor | None]:
     """The tensors (or None) at the positions `which` with the mapped axis in front of each."""
     return [mapped(arguments[k], in_dims[k], info.batch_size) for k in which]
-
-
-def _each(info, in_dims, arguments):
-    """The arguments of each entry of the mapped axis, for ops without batch axes."""
-    for k in range(info.batch_size):
-        yield [x if dim is None else x.select(dim, k) for x, dim in zip(arguments, in_dims, strict=True)]

@@ -98,6 +98,15 @@ def _penalty(name: str, value: float | None) -> float:
     return float(value)
 
 
+def check_constant(name: str, weights: Tensor) -> None:
+    """With gradient='detach', masses ask for no gradient."""
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected marginals without a gradient, because gradient='detach' takes the plan as a constant; "
+            f"got requires_grad=True (use {name}.detach(), or gradient='unroll' or 'envelope')"
+        )
+
+
 def check_initial_potentials(
     initial_potentials, batch: Sequence[int], n: int, m: int, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:

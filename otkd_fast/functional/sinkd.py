@@ -179,4 +179,3 @@ class _SinKDBackward(torch.autograd.Function):
 def _all_mapped(info, in_dims, arguments, count: int) -> list[Tensor | None]:
     """The first `count` arguments, tensors or None, with the mapped axis in front of each."""
     return [mapped(x, dim, info.batch_size) for x, dim in zip(arguments[:count], in_dims[:count], strict=True)]
-

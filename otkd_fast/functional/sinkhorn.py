@@ -11,7 +11,14 @@ from .. import reference
 from .._dispatch import resolve
 from .._values import values_readable
 from . import _sinkhorn_function as compiled
-from ._sinkhorn_options import Options, check_initial_potentials, check_options, check_schedule, follow_schedule
+from ._sinkhorn_options import (
+    Options,
+    check_constant,
+    check_initial_potentials,
+    check_options,
+    check_schedule,
+    follow_schedule,
+)
 from ._validate import HALF_DTYPES, check_masses, check_same_kind, check_tensor
 from .sinkhorn_result import SinkhornResult
 
@@ -178,11 +185,8 @@ def _check_marginal(
         raise ValueError(
             f"{name}: expected {size} masses, one for each of cost's {axis}, got shape {tuple(weights.shape)}"
         )
-    if gradient == "detach" and weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name}: expected marginals without a gradient, because gradient='detach' takes the plan as a constant; "
-            f"got requires_grad=True (use {name}.detach(), or gradient='unroll' or 'envelope')"
-        )
+    if gradient == "detach":
+        check_constant(name, weights)
     if weights.dim() == 1:
         return weights if len(batch) == 0 else weights.expand(*batch, size)
     if weights.shape[:-1] != batch:

@@ -74,12 +74,14 @@ class SinkhornResult:
             applied = (plan.mT if transpose else plan) @ v
         return applied.squeeze(-1) if vector else applied
 
+    def _batch(self) -> tuple[int, ...]:
+        return tuple(self.transport_cost.shape)
+
     def _applied(self, v: Tensor, transpose: bool) -> tuple[Tensor, bool]:
         """`v` as (..., m, k), or (..., n, k), in the dtype of the potentials, and whether it came without k."""
         letter, size = ("n", self.f.shape[-1]) if transpose else ("m", self.g.shape[-1])
         check_tensor("v", v, 1, f"(..., {letter}) or (..., {letter}, k)")
-        batch = tuple(self.transport_cost.shape)
-        axes = (*batch, size)
+        axes = (*self._batch(), size)
         if v.shape == axes:
             return v.to(self.f.dtype).unsqueeze(-1), True
         if v.shape[:-1] == axes:

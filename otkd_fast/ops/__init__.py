@@ -5,6 +5,6 @@ Importing this package registers them. They are below autograd: gradients belong
 
 from . import _standin, cost_matrix, sinkd, sinkhorn, sinkhorn_points
 
-_standin.register("sinkhorn_shared", "sinkhorn_ragged")
+_standin.register("sinkhorn_shared")
 
 __all__ = ["cost_matrix", "sinkd", "sinkhorn", "sinkhorn_points"]

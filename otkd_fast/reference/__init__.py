@@ -5,5 +5,6 @@ Every function is differentiable by ordinary autograd, works in float64 and need
 
 from .cost_matrix import cost_matrix
 from .sinkhorn import SinkhornOutputs, sinkhorn
+from .sinkhorn_ragged import cost_matrix_ragged, sinkhorn_ragged
 
-__all__ = ["SinkhornOutputs", "cost_matrix", "sinkhorn"]
+__all__ = ["SinkhornOutputs", "cost_matrix", "cost_matrix_ragged", "sinkhorn", "sinkhorn_ragged"]

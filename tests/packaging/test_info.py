@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from otkd_fast import _info, _native
+from otkd_fast import _dispatch, _info, _native
 from otkd_fast.__main__ import main
 
 native = pytest.mark.skipif(_native.module is None, reason=f"no compiled module: {_native.reason}")
@@ -21,7 +21,7 @@ def test_json(python, installed):
     assert report["ok"] is True
     assert report["version"] == installed
     assert report["torch"]["version"] == torch.__version__
-    assert set(report["availability"]) == {"cost_matrix", "sinkhorn", "sinkd"}
+    assert set(report["availability"]) == set(_dispatch.OPS)
     assert all(set(row) == {"reference", "cpu", "cuda", "triton"} for row in report["availability"].values())
 
 

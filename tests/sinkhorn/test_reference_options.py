@@ -36,14 +36,14 @@ def test_assignment_at_a_small_epsilon(generator):
     assert -1e-3 <= out.transport_cost - best <= epsilon * math.log(n)
 
 
-@pytest.mark.parametrize("epsilon", [0.5, 0.1])
+@pytest.mark.parametrize("epsilon", [0.5, 0.2])
 def test_gaussians_on_a_grid(epsilon):
     """Entropic transport between N(m, s^2) and N(k, t^2), cost |x - y|^2 (Janati et al. 2020; Mallasto et al. 2021)."""
     mean, s, other, t = 0.1, 0.5, -0.2, 0.4
-    x = torch.linspace(-4, 4, 200, dtype=F64)
+    x = torch.linspace(-4, 4, 120, dtype=F64)
     a, b = ((-((x - center) ** 2) / (2 * width**2)).exp() for center, width in ((mean, s), (other, t)))
     a, b = a / a.sum(), b / b.sum()
-    out = sinkhorn((x[:, None] - x).square(), a, b, epsilon=epsilon, num_iters=2000, tol=1e-13)
+    out = sinkhorn((x[:, None] - x).square(), a, b, epsilon=epsilon, num_iters=400, tol=1e-12)
     half = epsilon / 2
     root = math.sqrt(4 * s**2 * t**2 + half**2)
     apart = (mean - other) ** 2 + s**2 + t**2
@@ -101,14 +101,14 @@ def test_relaxation_step_by_step(penalty, relaxation, generator):
 
 def test_auto_relaxation_needs_fewer_iterations(generator):
     """And ends at the same solution, also where it gives up."""
-    cost, a, b = random_problem(12, 9, batch=(16,), generator=generator)
-    options = {"epsilon": 0.04, "gradient": "envelope"}
-    plain = sinkhorn(cost, a, b, num_iters=3000, tol=1e-10, **options)
-    auto = sinkhorn(cost, a, b, num_iters=3000, tol=1e-10, relaxation="auto", **options)
-    assert (auto.marginal_error <= 1e-10).all()
+    cost, a, b = random_problem(12, 9, batch=(5,), generator=generator)
+    options = {"epsilon": 0.06, "gradient": "envelope"}
+    plain = sinkhorn(cost, a, b, num_iters=1000, tol=1e-8, **options)
+    auto = sinkhorn(cost, a, b, num_iters=1000, tol=1e-8, relaxation="auto", **options)
+    assert (auto.marginal_error <= 1e-8).all()
     assert auto.num_iters.sum() < 0.7 * plain.num_iters.sum()
     assert (auto.num_iters <= 1.2 * plain.num_iters + 20).all()
-    torch.testing.assert_close(auto.regularized_cost, plain.regularized_cost, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(auto.regularized_cost, plain.regularized_cost, rtol=1e-6, atol=1e-8)
 
 
 def test_relaxation_leaves_out_what_is_not_served():
