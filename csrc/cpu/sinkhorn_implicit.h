@@ -17,6 +17,7 @@ namespace {
 template <class Rows>
 class Implicit {
     using T = typename Rows::Input;
+    using Cost = typename Rows::Cost;
     using Args = typename Rows::Args;
     using V = Vec<double>;
     static_assert(sizeof(typename Rows::Scalar) == sizeof(double));
@@ -77,7 +78,7 @@ class Implicit {
 template <class Rows>
 Implicit<Rows>::Implicit(const Args& args, Arena& arena, int threads)
     : args_(args),
-      rows_(args, arena, threads),
+      rows_(args, arena, threads, true),
       n_(args.n),
       m_(args.m),
       n_pad_(round_up(args.n, kBlock)),
@@ -148,12 +149,12 @@ void Implicit<Rows>::adjoints(const Problem<T>& p, const Team& team) {
     const V zero = {};
     for_blocks(begin, end < n_ ? end : n_, rows_.block(), false, [&](int64_t i0, int64_t count) {
         const double* k = rows_.kernel(i0, count);
-        const T* cost = rows_.cost(i0, count);
+        const Cost* cost = rows_.cost(i0, count);
         for (int64_t i = i0; i < i0 + count; ++i, k += ld_, cost += m_) {
             V mass = {}, moved = {};
             for (int64_t j = 0; j < ld_; j += width<double>) {
                 const V entry = scale_u_[i] * load(k + j) * load(scale_v_ + j);
-                const V c = LoadAs<double, T>::part(cost + j, m_ - j, 0.0);
+                const V c = LoadAs<double, Cost>::part(cost + j, m_ - j, 0.0);
                 const V product = entry > zero ? entry * c : zero;
                 mass += entry;
                 moved += product;
@@ -331,12 +332,12 @@ void Implicit<Rows>::cost_gradient(const Problem<T>& p, const Team& team) {
     rows_of(team, begin, end);
     for_blocks(begin, end < n_ ? end : n_, rows_.block(), false, [&](int64_t i0, int64_t count) {
         const double* k = rows_.kernel(i0, count);
-        const T* cost = rows_.cost(i0, count);
-        T* out = rows_.gradient(i0, count);
+        const Cost* cost = rows_.cost(i0, count);
+        Cost* out = rows_.gradient(i0, count);
         for (int64_t i = i0; i < i0 + count; ++i, k += ld_, cost += m_, out += m_) {
             for (int64_t j = 0; j < m_; j += width<double>) {
                 const V entry = scale_u_[i] * load(k + j) * load(scale_v_ + j);
-                const V c = LoadAs<double, T>::part(cost + j, m_ - j, 0.0);
+                const V c = LoadAs<double, Cost>::part(cost + j, m_ - j, 0.0);
                 const V value = (w_[i] + load(x_ + j) - of_transport * c) * inverse + (of_transport + of_dual);
                 store_as(out + j, entry != V{} ? entry * value : V{}, m_ - j);
             }
@@ -378,6 +379,7 @@ void Implicit<Rows>::backward(const Problem<T>& p, const Team& team) {
     if (gauge_ && team.rank == 0) project(w_, x_);
     team.barrier();
     if (rows_.wants_gradient()) cost_gradient(p, team);
+    rows_.close(team);
     if (team.rank == 0 && (args_.grad_a || args_.grad_b)) marginal_gradients(p);
     team.barrier();
 }

@@ -17,6 +17,7 @@ namespace {
 template <class Costs>
 class LogDomain {
     using T = typename Costs::Input;
+    using Cost = typename Costs::Cost;
     using Args = typename Costs::Args;
     using V = Vec<double>;
 
@@ -38,7 +39,7 @@ class LogDomain {
 
     void start(const Problem<T>& p, const Team& team);
     void iterate(const Problem<T>& p, const Team& team);
-    RowSum row_entries(const T* cost, double phi, double* entries) const;
+    RowSum row_entries(const Cost* cost, double phi, double* entries) const;
     double row_pass(const Problem<T>& p, const Team& team, double omega);
     double update_column(const Problem<T>& p, int64_t j, double lse, double omega);
     void column_pass(const Problem<T>& p, const Team& team, double omega);
@@ -52,7 +53,7 @@ class LogDomain {
     void adjoint_loop(const Problem<T>& p, const Team& team);
     bool column_ratios(int64_t k, int64_t begin, int64_t end);
     void prepare_gradient(const Team& team);
-    void gradient_row(const Problem<T>& p, int64_t i, const T* cost, T* out, double* alphas) const;
+    void gradient_row(const Problem<T>& p, int64_t i, const Cost* cost, Cost* out, double* alphas) const;
     void write_gradients(const Problem<T>& p, const Team& team);
     const double* phi_of(const Problem<T>& p, int64_t k) const {
         return p.template kept_u<double>(p.args.gradient == Gradient::unroll ? k : 1);
@@ -74,15 +75,15 @@ class LogDomain {
         return total;
     }
     // X of the columns from j on; 0 beyond m, where gamma is -inf.
-    OTKD_INLINE V exponent(const T* cost, int64_t j) const { return LoadAs<double, T>::part(cost + j, m_ - j, 0.0) * inverse_; }
-    OTKD_INLINE V plan(const T* cost, double phi, const double* gamma, int64_t j) const {
+    OTKD_INLINE V exponent(const Cost* cost, int64_t j) const { return LoadAs<double, Cost>::part(cost + j, m_ - j, 0.0) * inverse_; }
+    OTKD_INLINE V plan(const Cost* cost, double phi, const double* gamma, int64_t j) const {
         return exp_(phi + load(gamma + j) - exponent(cost, j));
     }
     // Calls body(i, cost of row i) for the rows [begin, end).
     template <class Body>
     OTKD_INLINE void for_rows(int64_t begin, int64_t end, Body body) {
         for_blocks(begin, end, costs_.block(), false, [&](int64_t i0, int64_t count) {
-            const T* cost = costs_.cost(i0, count);
+            const Cost* cost = costs_.cost(i0, count);
             for (int64_t i = i0; i < i0 + count; ++i, cost += m_) body(i, cost);
         });
     }
@@ -110,7 +111,7 @@ class LogDomain {
 template <class Costs>
 LogDomain<Costs>::LogDomain(const Args& args, Arena& arena, int threads, bool backward)
     : args_(args),
-      costs_(args, arena, threads),
+      costs_(args, arena, threads, backward),
       n_(args.n),
       m_(args.m),
       ld_(round_up(args.m, width<double>)),
@@ -166,7 +167,7 @@ void LogDomain<Costs>::start(const Problem<T>& p, const Team& team) {
 // The entries exp(shift + gamma_j - X_j) of one row and their total, with phi for shift, or where that leaves the range with
 // the largest term's; `mass` is the row sum of the plan as it stands.
 template <class Costs>
-typename LogDomain<Costs>::RowSum LogDomain<Costs>::row_entries(const T* cost, double phi, double* entries) const {
+typename LogDomain<Costs>::RowSum LogDomain<Costs>::row_entries(const Cost* cost, double phi, double* entries) const {
     const V limit = splat(kLargest);
     V sums = {}, best = splat(-kInfinity);
     for (int64_t j = 0; j < ld_; j += width<double>) {
@@ -202,7 +203,7 @@ double LogDomain<Costs>::row_pass(const Problem<T>& p, const Team& team, double 
     double *sums = own_sums(team, 0.0), *entries = entries_ + team.rank * ld_;
     double error = 0;
     bool redo = false;
-    for_rows(begin, end, [&](int64_t i, const T* cost) {
+    for_rows(begin, end, [&](int64_t i, const Cost* cost) {
         next_phi_[i] = -kInfinity;
         if (!(log_a_[i] > -kInfinity)) return;
         const RowSum row = row_entries(cost, phi_[i], entries);
@@ -260,7 +261,7 @@ void LogDomain<Costs>::column_sums_shifted(const Team& team) {
     rows_of(team, row0, row1);
     columns_of(team, column0, column1);
     double* sums = own_sums(team, -kInfinity);
-    for_rows(row0, row1, [&](int64_t i, const T* cost) {
+    for_rows(row0, row1, [&](int64_t i, const Cost* cost) {
         if (phi_[i] == -kInfinity) return;
         for (int64_t j = 0; j < ld_; j += width<double>) {
             store(sums + j, max<double>(phi_[i] - exponent(cost, j), load(sums + j)));
@@ -274,7 +275,7 @@ void LogDomain<Costs>::column_sums_shifted(const Team& team) {
     }
     team.barrier();
     sums = own_sums(team, 0.0);
-    for_rows(row0, row1, [&](int64_t i, const T* cost) {
+    for_rows(row0, row1, [&](int64_t i, const Cost* cost) {
         if (phi_[i] == -kInfinity) return;
         for (int64_t j = 0; j < ld_; j += width<double>) {
             store(sums + j, load(sums + j) + exp_(phi_[i] - exponent(cost, j) - load(top_ + j)));
@@ -291,7 +292,7 @@ double LogDomain<Costs>::plan_sums(const Team& team) {
     double* sums = own_sums(team, 0.0);
     double moved_total = 0;
     const V zero = {};
-    for_rows(begin, end, [&](int64_t i, const T* cost) {
+    for_rows(begin, end, [&](int64_t i, const Cost* cost) {
         V mass = {}, moved = {};
         for (int64_t j = 0; j < ld_; j += width<double>) {
             const V entry = plan(cost, phi_[i], gamma_, j);

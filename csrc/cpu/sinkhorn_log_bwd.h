@@ -55,7 +55,7 @@ void LogDomain<Costs>::first_adjoint(const Problem<T>& p, const Team& team) {
     rows_of(team, begin, end);
     double* sums = own_sums(team, 0.0);
     const V zero = {};
-    for_rows(begin, end, [&](int64_t i, const T* cost) {
+    for_rows(begin, end, [&](int64_t i, const Cost* cost) {
         first_[i] = sum_phi_[i] = 0;
         if (phi_[i] == -kInfinity) return;
         V mass = {}, moved = {};
@@ -108,7 +108,7 @@ void LogDomain<Costs>::adjoint_loop(const Problem<T>& p, const Team& team) {
         double* sums = own_sums(team, 0.0);
         team.barrier();
         const bool near = reduction_.sum(team, kColumnError) == 0;
-        for_rows(row0, row1, [&](int64_t i, const T* cost) {
+        for_rows(row0, row1, [&](int64_t i, const Cost* cost) {
             z[i] = 0;
             if (phi[i] == -kInfinity) return;
             V total = {};
@@ -146,7 +146,7 @@ void LogDomain<Costs>::prepare_gradient(const Team& team) {
 // dL/dC of one row: P (d_transport (1 - X) + d_dual) + sum over the steps of (Q w + R z) / epsilon. `alphas` is for
 // exp(phi of each step - the last one), negative where only exponentials of its own will do.
 template <class Costs>
-void LogDomain<Costs>::gradient_row(const Problem<T>& p, int64_t i, const T* cost, T* out, double* alphas) const {
+void LogDomain<Costs>::gradient_row(const Problem<T>& p, int64_t i, const Cost* cost, Cost* out, double* alphas) const {
     for (int64_t k = 0; k < steps_; ++k) {
         bool near = near_[k] != 0 && near_[k + 1] != 0;
         const double phi = phi_of(p, k)[i], alpha = near_factor(phi, phi_[i], near);
@@ -182,12 +182,13 @@ void LogDomain<Costs>::write_gradients(const Problem<T>& p, const Team& team) {
     if (costs_.wants_gradient()) {
         double* alphas = alphas_ + team.rank * steps_;
         for_blocks(begin, end, costs_.block(), false, [&](int64_t i0, int64_t count) {
-            const T* cost = costs_.cost(i0, count);
-            T* out = costs_.gradient(i0, count);
+            const Cost* cost = costs_.cost(i0, count);
+            Cost* out = costs_.gradient(i0, count);
             for (int64_t k = 0; k < count; ++k) gradient_row(p, i0 + k, cost + k * m_, out + k * m_, alphas);
             costs_.emit(i0, count);
         });
     }
+    costs_.close(team);
     if (team.rank != 0) return;
     double mass_a = 0, mass_b = 0;
     for (int64_t i = 0; i < n_; ++i) mass_a += p.mass_a(i);

@@ -22,12 +22,14 @@ template <class Rows>
 class Scaling {
     using S = typename Rows::Scalar;
     using T = typename Rows::Input;
+    using Cost = typename Rows::Cost;
     using Args = typename Rows::Args;
 
   public:
     Scaling(const Args& args, Arena& arena, int threads, bool backward);
 
-    bool forward(const Problem<T>& p, const Team& team);
+    // False: the range of the exponents is beyond `limit`, or sums have left the safe range.
+    bool forward(const Problem<T>& p, const Team& team, double limit);
     void backward(const Problem<T>& p, const Team& team);
 
   private:
@@ -53,7 +55,7 @@ class Scaling {
     void first_adjoint(const Problem<T>& p, const Team& team);
     void adjoint_loop(const Problem<T>& p, const Team& team);
     void cost_gradient(const Problem<T>& p, const Team& team);
-    void gradient_rows(int64_t i, int64_t count, const S* kernel, const T* cost, T* out, double of_transport,
+    void gradient_rows(int64_t i, int64_t count, const S* kernel, const Cost* cost, Cost* out, double of_transport,
                        double of_dual) const;
     void marginal_gradients(const Problem<T>& p);
     void rows_of(const Team& team, int64_t& begin, int64_t& end) const {
@@ -67,8 +69,8 @@ class Scaling {
         for (int r = 1; r < team.size; ++r) total += load(partial_ + r * ld_ + j);
         return total;
     }
-    Vec<S> cost_vector(const T* row, int64_t j) const {
-        return j + width<S> <= m_ ? LoadAs<S, T>::full(row + j) : LoadAs<S, T>::part(row + j, m_ - j, S(0));
+    Vec<S> cost_vector(const Cost* row, int64_t j) const {
+        return j + width<S> <= m_ ? LoadAs<S, Cost>::full(row + j) : LoadAs<S, Cost>::part(row + j, m_ - j, S(0));
     }
     // Potentials / epsilon.
     double phi(int64_t i) const {
@@ -97,13 +99,13 @@ class Scaling {
 template <class Rows>
 Scaling<Rows>::Scaling(const Args& args, Arena& arena, int threads, bool backward)
     : args_(args),
-      rows_(args, arena, threads),
+      rows_(args, arena, threads, backward),
       n_(args.n),
       m_(args.m),
       n_pad_(round_up(args.n, kBlock)),
       n_vec_(round_up(args.n, 2 * width<S>)),
       ld_(round_up(args.m, 2 * width<S>)),
-      small_(Rows::kStored && 2 * n_ * m_ * static_cast<int64_t>(sizeof(S)) <= kSmallBytes),
+      small_(rows_.stored() && 2 * n_ * m_ * static_cast<int64_t>(sizeof(S)) <= kSmallBytes),
       plain_(args.relaxation == 1 && args.penalty_a == kInfinity && args.penalty_b == kInfinity),
       lambda_a_(Penalty{args.penalty_a, args.epsilon}.lambda()),
       lambda_b_(Penalty{args.penalty_b, args.epsilon}.lambda()) {
@@ -286,10 +288,10 @@ void Scaling<Rows>::finish_history(const Problem<T>& p, const Team& team) const 
 }
 
 template <class Rows>
-bool Scaling<Rows>::forward(const Problem<T>& p, const Team& team) {
+bool Scaling<Rows>::forward(const Problem<T>& p, const Team& team, double limit) {
     rows_.open(p, team);
     start(p, team);
-    if (!iterate(p, team)) return false;
+    if (rows_.range(team) > limit || !iterate(p, team)) return false;
     finish_history(p, team);
     reduction_.put(team, kTransport, plan_rows(team));
     team.barrier();
@@ -312,7 +314,7 @@ double Scaling<Rows>::plan_rows(const Team& team) {
     const Vec<S> zero = {};
     for_blocks(begin, end < n_ ? end : n_, rows_.block(), ran_ % 2 != 0, [&](int64_t i0, int64_t count) {
         const S* k = rows_.kernel(i0, count);
-        const T* row = rows_.cost(i0, count);
+        const Cost* row = rows_.cost(i0, count);
         for (int64_t i = i0; i < i0 + count; ++i, k += ld_, row += m_) {
             Vec<S> mass = {}, moved = {};
             for (int64_t j = 0; j < ld_; j += width<S>) {

@@ -59,7 +59,7 @@ void Scaling<Rows>::first_adjoint(const Problem<T>& p, const Team& team) {
     for (int64_t i = begin; i < end; ++i) phi_bar_[i] = sum_phi_[i] = 0;
     for_blocks(begin, end < n_ ? end : n_, rows_.block(), false, [&](int64_t i0, int64_t count) {
         const S* k = rows_.kernel(i0, count);
-        const T* row = rows_.cost(i0, count);
+        const Cost* row = rows_.cost(i0, count);
         for (int64_t i = i0; i < i0 + count; ++i, k += ld_, row += m_) {
             if (!(u_[i] > 0)) continue;
             Vec<S> mass = {}, moved = {};
@@ -145,8 +145,8 @@ void Scaling<Rows>::cost_gradient(const Problem<T>& p, const Team& team) {
     rows_of(team, begin, end);
     for_blocks(begin, end < n_ ? end : n_, rows_.block(), false, [&](int64_t i0, int64_t count) {
         const S* kernel = rows_.kernel(i0, count);
-        const T* cost = rows_.cost(i0, count);
-        T* out = rows_.gradient(i0, count);
+        const Cost* cost = rows_.cost(i0, count);
+        Cost* out = rows_.gradient(i0, count);
         for (int64_t i = 0; i < count; i += kBlock) {
             gradient_rows(i0 + i, count - i < kBlock ? count - i : kBlock, kernel + i * ld_, cost + i * m_, out + i * m_,
                           of_transport, of_dual);
@@ -157,8 +157,8 @@ void Scaling<Rows>::cost_gradient(const Problem<T>& p, const Team& team) {
 
 // At most kBlock rows of it, from row `i` on; left_ has its padding, so that kBlock rows are always summed.
 template <class Rows>
-void Scaling<Rows>::gradient_rows(int64_t i, int64_t count, const S* kernel, const T* cost, T* out, double of_transport,
-                                  double of_dual) const {
+void Scaling<Rows>::gradient_rows(int64_t i, int64_t count, const S* kernel, const Cost* cost, Cost* out,
+                                  double of_transport, double of_dual) const {
     const int64_t rank2 = 2 * steps_;
     const S inverse = static_cast<S>(1.0 / args_.epsilon), slope = steps_ > 0 ? inverse : S(0);
     const S transport = static_cast<S>(of_transport), dual = static_cast<S>(of_dual);
@@ -213,6 +213,7 @@ void Scaling<Rows>::backward(const Problem<T>& p, const Team& team) {
         adjoint_loop(p, team);
     }
     if (rows_.wants_gradient()) cost_gradient(p, team);
+    rows_.close(team);
     if (team.rank == 0 && (args_.grad_a || args_.grad_b)) marginal_gradients(p);
     team.barrier();
 }

@@ -1,6 +1,7 @@
 // The choice between the ways of solving, and the threads: what every op on Sinkhorn problems shares, wherever its costs
 // come from. `Source` names the classes (sinkhorn_rows.h) that read a problem:
-//   Args<T>, Costs<T>, Rows<S, T>
+//   Args<T>, Costs<T> of the log domain, Rows<S, T> of the scalings
+//   kRangeFirst  whether the range of the costs is cheap to tell beforehand, else Rows tell it with their kernel
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -24,6 +25,7 @@ struct Stored {
     using Costs = StoredCosts<T>;
     template <class S, class T>
     using Rows = StoredRows<S, T>;
+    static constexpr bool kRangeFirst = true;
 };
 
 // log(largest / smallest) of the masses > 0; 0 without any
@@ -49,11 +51,24 @@ double potential_range(const T* potential, int64_t count, double epsilon) {
     return (high - low) / epsilon;
 }
 
-// (max - min of the finite costs) / epsilon plus the log range of both marginals and the range of given potentials. The
-// range over the whole matrix bounds the exponents, and the cancellation between C / epsilon and the potentials in the
-// gradient.
+// The log range of both marginals and the range of given potentials.
+template <class T>
+double given_range(const Problem<T>& p) {
+    const SinkhornArgs<T>& args = p.args;
+    double range = 0;
+    if (args.a) range += log_range(args.a + p.index * args.n, args.n);
+    if (args.b) range += log_range(args.b + p.index * args.m, args.m);
+    if (args.initial_g) range += potential_range(args.initial_g + p.index * args.m, args.m, args.epsilon);
+    if (args.initial_f && args.relaxation != 1) {
+        range += potential_range(args.initial_f + p.index * args.n, args.n, args.epsilon);
+    }
+    return range;
+}
+
+// (max - min of the finite costs) / epsilon. The range over the whole matrix bounds the exponents, and the cancellation
+// between C / epsilon and the potentials in the gradient.
 template <class Costs, class T = typename Costs::Input>
-double exponent_range(const Problem<T>& p, Costs costs, const Team& team, Reduction& reduction) {
+double cost_range(const Problem<T>& p, Costs costs, const Team& team, Reduction& reduction) {
     const SinkhornArgs<T>& args = p.args;
     const T inf = std::numeric_limits<T>::infinity();
     int64_t begin, end;
@@ -73,14 +88,7 @@ double exponent_range(const Problem<T>& p, Costs costs, const Team& team, Reduct
     reduction.put(team, 3, largest<T>(high));
     team.barrier();
     const double spread = reduction.max(team, 3) + reduction.max(team, 2);
-    double range = spread > 0 ? spread / args.epsilon : 0.0;
-    if (args.a) range += log_range(args.a + p.index * args.n, args.n);
-    if (args.b) range += log_range(args.b + p.index * args.m, args.m);
-    if (args.initial_g) range += potential_range(args.initial_g + p.index * args.m, args.m, args.epsilon);
-    if (args.initial_f && args.relaxation != 1) {
-        range += potential_range(args.initial_f + p.index * args.n, args.n, args.epsilon);
-    }
-    return range;
+    return spread > 0 ? spread / args.epsilon : 0.0;
 }
 
 template <class Source, class T>
@@ -106,7 +114,7 @@ struct Solver {
     int64_t bytes_a_problem() const {
         Arena arena{nullptr};
         arena.take<double>(threads * kSlots);
-        Costs(args, arena, threads);
+        if constexpr (Source::kRangeFirst) Costs(args, arena, threads, backward);
         if (implicit()) return arena.used + bytes<Linear>();
         int64_t most = std::max(bytes<Log>(backward), bytes<Scalings<double>>(backward));
         if constexpr (sizeof(T) == sizeof(float)) most = std::max(most, bytes<Scalings<float>>(backward));
@@ -119,16 +127,18 @@ struct Solver {
         const Problem<T> p{args, index};
         Arena arena{memory};
         Reduction reduction{arena.take<double>(threads * kSlots)};
-        const Costs costs(args, arena, threads);
         if (backward) {
             solve_backward(p, team, arena);
             return;
         }
-        const double range = exponent_range(p, costs, team, reduction);
+        double range = given_range(p);
+        if constexpr (Source::kRangeFirst) {
+            range += cost_range(p, Costs(args, arena, threads, false), team, reduction);
+        }
         Method used = Method::log;
-        if (sizeof(T) == sizeof(float) && range <= kFloatRange && attempt<float>(p, team, arena)) {
+        if (sizeof(T) == sizeof(float) && attempt<float>(p, team, arena, kFloatRange - range)) {
             used = Method::scaling_float;
-        } else if (range <= kDoubleRange && attempt<double>(p, team, arena)) {
+        } else if (attempt<double>(p, team, arena, kDoubleRange - range)) {
             used = Method::scaling_double;
         } else {
             Arena mine = arena;
@@ -150,11 +160,14 @@ struct Solver {
     }
 
     template <class S>
-    bool attempt(const Problem<T>& p, const Team& team, Arena arena) const {
+    bool attempt(const Problem<T>& p, const Team& team, Arena arena, double limit) const {
         if constexpr (sizeof(S) < sizeof(T)) {
             return false;
         } else {
-            return Scalings<S>(args, arena, threads, false).forward(p, team);
+            if (limit < 0) return false;
+            const bool solved = Scalings<S>(args, arena, threads, false).forward(p, team, limit);
+            team.barrier();  // the next method uses the same memory
+            return solved;
         }
     }
 

@@ -85,7 +85,7 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[:3]
-        grads = _covered_only(grads[:4], ctx.gradient)
+        grads = covered_only(grads[:4], ctx.gradient)
         if all(grad is None for grad in grads):
             return (None,) * 16
         arguments = (*ctx.saved_tensors, *grads, *ctx.options, ctx.gradient, *needs)
@@ -138,7 +138,7 @@ class _SinkhornBackward(torch.autograd.Function):
         return tuple(torch.stack(g) if need else g[0] for g, need in zip(grads, needs, strict=True)), out_dims
 
 
-def _covered_only(grads, gradient: str):
+def covered_only(grads, gradient: str):
     """`grads` of the outputs that the mode differentiates; RuntimeError if another one has a gradient."""
     if gradient not in COVERED:
         return grads

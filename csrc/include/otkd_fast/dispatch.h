@@ -9,6 +9,7 @@
 #include "otkd_fast/sinkhorn.h"
 #include "otkd_fast/sinkhorn_shared.h"
 #include "otkd_fast/sqrtm.h"
+#include "otkd_fast/sinkhorn_points.h"
 
 namespace otkd_fast {
 
@@ -28,6 +29,12 @@ struct KernelsOf {
     void (*sqrtm_fwd)(const SqrtmArgs<T>&);
     void (*sqrtm_bwd)(const SqrtmArgs<T>&);
     int64_t (*sqrtm_workspace_bytes)(const SqrtmArgs<T>&, bool backward);
+    void (*sinkhorn_points_fwd)(const SinkhornPointsArgs<T>&);
+    void (*sinkhorn_points_bwd)(const SinkhornPointsArgs<T>&);
+    int64_t (*sinkhorn_points_workspace_bytes)(const SinkhornPointsArgs<T>&, bool backward);
+    void (*plan_apply)(const PlanApplyArgs<T>&);
+    void (*plan_apply_bwd)(const PlanApplyArgs<T>&);
+    int64_t (*plan_apply_workspace_bytes)(const PlanApplyArgs<T>&, bool backward);
 };
 
 struct Kernels {

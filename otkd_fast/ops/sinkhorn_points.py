@@ -1,0 +1,217 @@
+"""Sinkhorn between points: ``sinkhorn_points_fwd`` and ``_bwd``, and the product of the plan with a matrix
+(..., m, k) -> (..., n, k), ``sinkhorn_points_apply``, with ``_apply_bwd`` for its gradient by the points
+(kernels: ``csrc/cpu/sinkhorn_points.cpp``).
+
+As in ``ops/sinkhorn.py`` the kernels update rows first; columns first is the problem with x and y exchanged. ``stored``
+lets the kernel exp(-C / epsilon) stay in memory during a call; it changes nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _library
+from ._library import address, contiguous, native
+from .cost_matrix import METRICS
+from .sinkhorn import _FORWARD, GRADIENTS, KEEP, history_size
+
+
+def _sizes(x: Tensor, y: Tensor) -> tuple[list[int], int, int, int]:
+    """Batch axes, n, m and d of x (*B, n, d) and y (*B, m, d)."""
+    *batch, n, d = x.shape
+    return batch, n, y.shape[-2], d
+
+
+def _points(x: Tensor, y: Tensor, metric: str) -> tuple:
+    """What the native module is told of contiguous points."""
+    return address(x), address(y), x.shape[-1], METRICS[metric]
+
+
+def _problems(
+    x: Tensor, y: Tensor, operands: tuple[Tensor | None, ...], history: Tensor, num_iters: int, keep: int,
+    options: tuple[float, ...],
+) -> tuple:  # fmt: skip
+    """As in ``ops/sinkhorn.py`` but for the workspace; operands: a, b, initial_f, initial_g, all contiguous."""
+    batch, n, m, _ = _sizes(x, y)
+    return (
+        _library.dtype_code(x), 0, *(address(tensor) for tensor in operands), address(history), 0,
+        _library.product(batch), n, m, num_iters, keep, *options, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _with_workspace(
+    points: tuple, problems: tuple, stored: bool, gradient: int, need_x: bool, need_y: bool
+) -> tuple[tuple, Tensor]:
+    """The problems with a workspace, and that, which has to outlive the call."""
+    num_bytes = native.sinkhorn_points_workspace(points, problems, stored, gradient, need_x, need_y)
+    scratch = _library.workspace(num_bytes)
+    return (*problems[:7], scratch.data_ptr(), *problems[8:]), scratch
+
+
+def _fwd_fake(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    metric: str, epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int, stored: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    batch, n, m, _ = _sizes(x, y)
+    transport_cost, regularized_cost, marginal_error = (x.new_empty(batch) for _ in range(3))
+    history = x.new_empty((*batch, history_size(n, m, num_iters, keep)), dtype=torch.float64)
+    return (
+        transport_cost, regularized_cost, x.new_empty((*batch, n)), x.new_empty((*batch, m)), marginal_error,
+        x.new_empty(batch, dtype=torch.int64), history,
+    )  # fmt: skip
+
+
+def _fwd_cpu(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    metric: str, epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int, stored: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    outputs = _fwd_fake(
+        x, y, a, b, initial_f, initial_g, metric, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b,
+        update_a_first, keep, stored,
+    )  # fmt: skip
+    transport_cost, regularized_cost, f, g, marginal_error, iterations, history = outputs
+    if not update_a_first:
+        x, y, a, b, initial_f, initial_g, f, g = y, x, b, a, initial_g, initial_f, g, f
+        penalty_a, penalty_b = penalty_b, penalty_a
+    if marginal_error.numel():
+        x, y, *operands = (contiguous(tensor) for tensor in (x, y, a, b, initial_f, initial_g))
+        points, options = _points(x, y, metric), (epsilon, tol, relaxation, penalty_a, penalty_b)
+        problems = _problems(x, y, operands, history, num_iters, keep, options)
+        problems, scratch = _with_workspace(points, problems, stored, _FORWARD, False, False)
+        results = (transport_cost, regularized_cost, f, g, marginal_error, iterations)
+        native.sinkhorn_points_fwd(points, problems, stored, tuple(address(tensor) for tensor in results))
+    return outputs
+
+
+def _bwd_fake(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, metric: str, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float,
+    update_a_first: bool, gradient: str, stored: bool, need_x: bool, need_y: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, n, m, _ = _sizes(x, y)
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        y.new_empty(y.shape if need_y else (0,)),
+        x.new_empty((*batch, n) if need_a else (0,)),
+        x.new_empty((*batch, m) if need_b else (0,)),
+    )
+
+
+def _bwd_cpu(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, metric: str, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float,
+    update_a_first: bool, gradient: str, stored: bool, need_x: bool, need_y: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if not update_a_first:
+        x, y, a, b, initial_f, initial_g, grad_f, grad_g = y, x, b, a, initial_g, initial_f, grad_g, grad_f
+        penalty_a, penalty_b = penalty_b, penalty_a
+        need_x, need_y, need_a, need_b = need_y, need_x, need_b, need_a
+    batch, n, m, d = _sizes(x, y)
+    if history.shape[-1] != history_size(n, m, num_iters, KEEP[gradient]):
+        raise ValueError(f"history: expected that of a forward with keep={KEEP[gradient]}, got {tuple(history.shape)}")
+    grad_x = x.new_empty((*batch, n, d) if need_x else (0,))
+    grad_y = y.new_empty((*batch, m, d) if need_y else (0,))
+    grad_a = x.new_empty((*batch, n) if need_a else (0,))
+    grad_b = x.new_empty((*batch, m) if need_b else (0,))
+    if _library.product(batch):
+        history = history.contiguous()
+        x, y, *operands = (contiguous(tensor) for tensor in (x, y, a, b, initial_f, initial_g))
+        incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
+        points, options, mode = _points(x, y, metric), (epsilon, 0.0, 1.0, penalty_a, penalty_b), GRADIENTS[gradient]
+        problems = _problems(x, y, operands, history, num_iters, KEEP[gradient], options)
+        problems, scratch = _with_workspace(points, problems, stored, mode, need_x, need_y)
+        tensors = (*incoming, grad_x, grad_y, grad_a, grad_b)
+        native.sinkhorn_points_bwd(
+            points, problems, stored, mode, need_x, need_y, tuple(address(tensor) for tensor in tensors)
+        )
+    return (grad_x, grad_y, grad_a, grad_b) if update_a_first else (grad_y, grad_x, grad_b, grad_a)
+
+
+def _apply_fake(
+    x: Tensor, y: Tensor, f: Tensor, g: Tensor, v: Tensor, metric: str, epsilon: float, transpose: bool
+) -> Tensor:
+    batch, n, m, _ = _sizes(x, y)
+    return x.new_empty((*batch, m if transpose else n, v.shape[-1]))
+
+
+def _products(
+    x: Tensor, y: Tensor, f: Tensor, g: Tensor, v: Tensor, out: Tensor | None, metric: str, epsilon: float,
+    backward: bool = False, need_x: bool = False, need_y: bool = False,
+) -> tuple[tuple, tuple, Tensor]:  # fmt: skip
+    """What the native module is told of the contiguous operands of P v, and the workspace, to outlive the call."""
+    batch, n, m, _ = _sizes(x, y)
+    points = _points(x, y, metric)
+    head = (_library.dtype_code(x), *(address(tensor) for tensor in (f, g, v, out)))
+    sizes = (_library.product(batch), n, m, v.shape[-1], epsilon, torch.get_num_threads())
+    scratch = _library.workspace(native.plan_apply_workspace(points, (*head, 0, *sizes), backward, need_x, need_y))
+    return points, (*head, scratch.data_ptr(), *sizes), scratch
+
+
+def _apply_cpu(
+    x: Tensor, y: Tensor, f: Tensor, g: Tensor, v: Tensor, metric: str, epsilon: float, transpose: bool
+) -> Tensor:
+    out = _apply_fake(x, y, f, g, v, metric, epsilon, transpose)
+    if transpose:
+        x, y, f, g = y, x, g, f
+    if out.numel():
+        x, y, f, g, v = (tensor.contiguous() for tensor in (x, y, f, g, v))
+        points, products, scratch = _products(x, y, f, g, v, out, metric, epsilon)
+        native.plan_apply(points, products)
+    return out
+
+
+def _apply_bwd_fake(
+    x: Tensor, y: Tensor, f: Tensor, g: Tensor, v: Tensor, grad_out: Tensor, metric: str, epsilon: float,
+    transpose: bool, need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
+
+
+def _apply_bwd_cpu(
+    x: Tensor, y: Tensor, f: Tensor, g: Tensor, v: Tensor, grad_out: Tensor, metric: str, epsilon: float,
+    transpose: bool, need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if transpose:
+        x, y, f, g, need_x, need_y = y, x, g, f, need_y, need_x
+    batch, n, m, d = _sizes(x, y)
+    grad_x = x.new_zeros((*batch, n, d) if need_x else (0,))
+    grad_y = y.new_zeros((*batch, m, d) if need_y else (0,))
+    if _library.product(batch) and v.shape[-1] and (need_x or need_y):
+        x, y, f, g, v, grad_out = (tensor.contiguous() for tensor in (x, y, f, g, v, grad_out))
+        points, products, scratch = _products(x, y, f, g, v, None, metric, epsilon, True, need_x, need_y)
+        native.plan_apply_bwd(points, products, need_x, need_y, address(grad_out), address(grad_x), address(grad_y))
+    return (grad_y, grad_x) if transpose else (grad_x, grad_y)
+
+
+_library.register(
+    "sinkhorn_points_fwd(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, str metric, "
+    "float epsilon, int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, "
+    "bool update_a_first, int keep, bool stored) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+    _fwd_cpu,
+)
+_library.register(
+    "sinkhorn_points_bwd(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, "
+    "Tensor history, Tensor? grad_transport_cost, Tensor? grad_regularized_cost, Tensor? grad_f, Tensor? grad_g, "
+    "str metric, float epsilon, int num_iters, float penalty_a, float penalty_b, bool update_a_first, str gradient, "
+    "bool stored, bool need_x, bool need_y, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+    _bwd_cpu,
+)
+_library.register(
+    "sinkhorn_points_apply(Tensor x, Tensor y, Tensor f, Tensor g, Tensor v, str metric, float epsilon, "
+    "bool transpose) -> Tensor",
+    _apply_fake,
+    _apply_cpu,
+)
+_library.register(
+    "sinkhorn_points_apply_bwd(Tensor x, Tensor y, Tensor f, Tensor g, Tensor v, Tensor grad_out, str metric, "
+    "float epsilon, bool transpose, bool need_x, bool need_y) -> (Tensor, Tensor)",
+    _apply_bwd_fake,
+    _apply_bwd_cpu,
+)
