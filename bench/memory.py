@@ -13,11 +13,10 @@ import torch
 
 import otkd_fast
 
-from . import sinkhorn_points, sinkhorn_shared
+from . import sinkhorn_shared
 from .measure import forward_backward
 
 WKD_BATCH, WKD_CLASSES, WKD_ITERS = 256, 1000, 10
-CLOUD = 20_000
 
 
 def _wkd(build: Callable) -> tuple:
@@ -26,28 +25,13 @@ def _wkd(build: Callable) -> tuple:
     return build(sinkhorn_shared.class_cost(WKD_CLASSES)), student.requires_grad_(), teacher
 
 
-def _clouds(gradient: str) -> tuple:
-    x, y = sinkhorn_points.clouds(str(CLOUD))
-
-    def solve(x, y):
-        result = otkd_fast.sinkhorn_points(
-            x, y, metric="sqeuclidean", epsilon=sinkhorn_points.EPSILON, num_iters=2, gradient=gradient
-        )
-        return result.regularized_cost if gradient == "envelope" else result.transport_cost
-
-    return solve, x.requires_grad_(), y
-
-
 CASES = {
     "wkd otkd_fast": lambda: _wkd(lambda cost: sinkhorn_shared.mean_cost(otkd_fast.sinkhorn, cost, WKD_ITERS)),
     "wkd matrix products, PyTorch": lambda: _wkd(lambda cost: sinkhorn_shared.matrix_products(cost, WKD_ITERS)),
     "wkd released form": lambda: _wkd(lambda cost: sinkhorn_shared.released(cost, WKD_ITERS)),
-    "clouds otkd_fast, envelope": lambda: _clouds("envelope"),
-    "clouds otkd_fast, unroll": lambda: _clouds("unroll"),
 }
 TITLES = {
     "wkd": f"WKD-L, B = {WKD_BATCH}, n = {WKD_CLASSES}, {WKD_ITERS} iterations",
-    "clouds": f"two clouds of {CLOUD} points in {sinkhorn_points.FEATURES} dimensions, 2 iterations",
 }
 
 

@@ -10,7 +10,7 @@ from .family import Family
 from .memory import TITLES as MEMORY_TITLES
 from .run import FAMILIES, RESULTS
 
-README_OPS = ("sinkd", "sinkhorn_shared", "sinkhorn_points_envelope", "cost_matrix_l1")
+README_OPS = ("sinkd", "sinkhorn_shared", "cost_matrix_l1")
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SCALING = RESULTS / "scaling_cpu.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import cost_l1, memory, sinkd, sinkhorn_dense, sinkhorn_points, sinkhorn_shared
+from . import cost_l1, memory, sinkd, sinkhorn_dense, sinkhorn_shared
 from .family import Family
 from .measure import measure
 
@@ -22,8 +22,6 @@ FAMILIES = (
     sinkd.FAMILY,
     cost_l1.FAMILY,
     sinkhorn_shared.FAMILY,
-    sinkhorn_points.ENVELOPE,
-    sinkhorn_points.UNROLLED,
     sinkhorn_dense.FAMILY,
 )
 

@@ -62,20 +62,6 @@ def shared(batch: int, n: int, num_iters: int, backward: bool) -> Callable[[], o
     return call
 
 
-def streamed(n: int, num_iters: int, backward: bool) -> Callable[[], object]:
-    x, y = (torch.randn(n, 32, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3))
-    x.requires_grad_(backward)
-
-    def call() -> object:
-        result = otkd_fast.sinkhorn_points(
-            x, y, metric="sqeuclidean", epsilon=6.4, num_iters=num_iters, gradient="envelope", storage="streamed"
-        )
-        value = result.regularized_cost
-        return torch.autograd.grad(value, x) if backward else value
-
-    return call
-
-
 def cost_l1(n: int, d: int) -> Callable[[], object]:
     x, y = _random(n, d), _random(n, d)
     return lambda: otkd_fast.cost_matrix(x, y, metric="l1")
@@ -87,7 +73,6 @@ SWEEPS = (
     Sweep("dense, forward and backward", "n", (64, 128, 256, 512, 1024, 2048), lambda n: dense(1, n, 20, True), 2),
     Sweep("shared cost, forward", "n", (64, 128, 256, 512, 1024), lambda n: shared(64, n, 20, False), 2),
     Sweep("shared cost, forward and backward", "n", (64, 128, 256, 512, 1024), lambda n: shared(64, n, 20, True), 2),
-    Sweep("points streamed, d = 32, forward", "n", (512, 1024, 2048, 4096), lambda n: streamed(n, 5, False), 2),
     Sweep("dense 64 x 64, forward", "B", (4, 16, 64, 256, 1024), lambda batch: dense(batch, 64, 20, False), 1),
     Sweep("shared 256 x 256, forward", "B", (4, 16, 64, 256, 1024), lambda batch: shared(batch, 256, 20, False), 1),
     Sweep("dense 512 x 512, forward", "T", (5, 10, 20, 40, 80, 160), lambda t: dense(1, 512, t, False), 1),
