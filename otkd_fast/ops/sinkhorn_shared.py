@@ -2,7 +2,7 @@
 
 The kernels update rows first; columns first is the transposed problem. They solve in float32 as far as the range of the
 exponents permits, then in float64; the problems that even that does not suffice for go to ``sinkhorn_fwd`` and
-``sinkhorn_bwd``, as do batches of a few problems: a few of them at a time, so that no tensor of the size of all expanded
+``sinkhorn_bwd``, as do batches of a few problems: a few at a time, so that no tensor of the size of all the expanded
 costs exists.
 
 History, one float64 tensor: how each problem was solved and its iterations (B,), (B,); then the scalings of the blocks
