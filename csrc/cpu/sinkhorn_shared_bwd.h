@@ -4,7 +4,8 @@
 //   z_i = Phi_i u_i                        Gamma_j = -y'_j (K^T z)_j                 (y', v' of iteration t - 1)
 //   C_bar_ij += K_ij (u_i w_j + z_i v'_j) / epsilon
 // and a, b collect the sums of Phi and Gamma: again one read of K and two products an iteration. With a penalty
-// w = lambda b q Gamma and z = lambda a q Phi, q the inverse sums that are kept then instead of the scalings.
+// w = lambda b q Gamma and z = lambda a q Phi, q the inverse sums that are kept then instead of the scalings. What f and g
+// are given from outside is not for a unit of mass: it joins w and z directly.
 // Without one the columns of P are exact after the last update, <P, C> = <P, C - base> + base sum(b): with base = min C
 // nothing large cancels in C / epsilon.
 #pragma once
@@ -14,13 +15,6 @@
 namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
-
-// 1 / mass where there is mass
-template <class S>
-OTKD_INLINE Vec<S> inverse_mass(Vec<S> mass) {
-    const Vec<S> least = splat(std::numeric_limits<S>::min()), zero = {};
-    return mass > zero ? S(1) / max<S>(mass, least) : zero;
-}
 
 template <class S, class T>
 class SharedBackward : SharedSweep<S, T> {
@@ -54,7 +48,9 @@ class SharedBackward : SharedSweep<S, T> {
     void previous_of_last(const Team& team);
     void collect_cost(const Team& team, S* outer);
     void direct_cost(const Team& team, S* outer);
-    void marginal_gradient(const Team& team, const Scaled& side, const S* collected, const double* other_mass, T* out);
+    void marginal_gradient(const Team& team, const Scaled& side, const S* collected, const S* of_potential,
+                           const double* other_mass, T* out);
+    void load_incoming(const Team& team, bool row_side, const T* grad, S* out);
 
     bool is_rows(const Scaled& side) const { return &side == &rows_; }
     void own_atoms(const Team& team, bool row_side, int64_t& begin, int64_t& end) const {
@@ -76,6 +72,7 @@ class SharedBackward : SharedSweep<S, T> {
     Scaled rows_, columns_;
     S *v_, *before_, *first_phi_, *first_gamma_, *gamma_, *sum_phi_, *sum_gamma_;
     S *u_ = nullptr, *z_ = nullptr, *w_t_ = nullptr, *v_t_ = nullptr;  // u, z (n, L); w^T, v'^T (L, outer_stride)
+    S *of_f_, *of_g_;  // epsilon times the gradients of f and g
     S of_transport_[kMaxLanes], of_dual_[kMaxLanes];
     double mass_a_[kMaxLanes] = {}, mass_b_[kMaxLanes] = {};
     int64_t iterations_[kMaxLanes], most_iterations_ = 1;
@@ -108,6 +105,8 @@ SharedBackward<S, T>::SharedBackward(const Block<S, T>& block, const SharedKerne
     before_ = arena.take<S>(args_.m * lanes_);
     first_phi_ = arena.take<S>(iterates_ ? at_.n * lanes_ : 0);
     first_gamma_ = arena.take<S>(iterates_ ? args_.m * lanes_ : 0);
+    of_f_ = arena.take<S>(args_.grad_f ? args_.n * lanes_ : 0);
+    of_g_ = arena.take<S>(args_.grad_g ? args_.m * lanes_ : 0);
     gamma_ = arena.take<S>(iterates_ ? args_.m * lanes_ : 0);
     if (!args_.grad_cost) return;
     u_ = arena.take<S>(at_.n * lanes_);
@@ -194,7 +193,9 @@ void SharedBackward<S, T>::columns_to_rows(const Team& team, const S* joins) {
     for_atoms(begin, end, [&](int64_t k, int64_t lane) {
         const Vec<S> gamma = load(joins + lane) > zero ? load(first_gamma_ + k) : load(gamma_ + k);
         store(sum_gamma_ + k, load(sum_gamma_ + k) + gamma);
-        store(v_ + k, lambda * load(columns_.mass + k) * load(columns_.inverse + k) * gamma);
+        Vec<S> bar = load(columns_.mass + k) * gamma;
+        if (args_.grad_g) bar += load(joins + lane) * load(of_g_ + k);
+        store(v_ + k, lambda * load(columns_.inverse + k) * bar);
     });
     if (w_t_ && begin < end) transpose_columns(v_, lanes_, begin, end, outer_stride<S>(args_.m), w_t_);
     team.barrier();
@@ -214,7 +215,9 @@ void SharedBackward<S, T>::rows_to_columns(const Team& team, const S* joins, boo
             S* at = z + k - row * lanes_;
             const Vec<S> phi = load(joins + lane) * load(first_phi_ + k) - load(rows_.scaling + k) * load(at);
             store(sum_phi_ + k, load(sum_phi_ + k) + phi);
-            store(at, lambda * load(rows_.mass + k) * load(rows_.inverse + k) * phi);
+            Vec<S> bar = load(rows_.mass + k) * phi;
+            if (args_.grad_f) bar += load(joins + lane) * load(of_f_ + k);
+            store(at, lambda * load(rows_.inverse + k) * bar);
             if (z_) store(z_ + k, load(at));
             if (u_) store(u_ + k, load(rows_.mass + k) * load(rows_.scaling + k));
         });
@@ -237,15 +240,15 @@ void SharedBackward<S, T>::previous_columns(const Team& team, int64_t slot, bool
     });
 }
 
-// v before the last iteration in before_: the start of problems with one iteration, else that of slot 0.
+// v before the last iteration in before_: that of slot 0, or the start where there was one iteration.
 template <class S, class T>
 void SharedBackward<S, T>::previous_of_last(const Team& team) {
     int64_t begin, end;
     own_atoms(team, false, begin, end);
     previous_columns(team, 0, true);
     start_columns(block_, columns_, begin, end, gamma_);
-    for (int64_t lane = 0; lane < block_.count; ++lane) {
-        for (int64_t j = begin; j < end && iterations_[lane] == 1; ++j) before_[j * lanes_ + lane] = gamma_[j * lanes_ + lane];
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+        for (int64_t j = begin; j < end && iterations_[lane] <= 1; ++j) before_[j * lanes_ + lane] = gamma_[j * lanes_ + lane];
     }
 }
 
@@ -280,8 +283,8 @@ void SharedBackward<S, T>::solve(const Team& team, S* outer) {
     }
     if (outer) direct_cost(team, outer);
     team.barrier();
-    marginal_gradient(team, rows_, sum_phi_, mass_b_, args_.grad_a);
-    marginal_gradient(team, columns_, sum_gamma_, mass_a_, args_.grad_b);
+    marginal_gradient(team, rows_, sum_phi_, args_.grad_f ? of_f_ : nullptr, mass_b_, args_.grad_a);
+    marginal_gradient(team, columns_, sum_gamma_, args_.grad_g ? of_g_ : nullptr, mass_a_, args_.grad_b);
     team.barrier();
 }
 

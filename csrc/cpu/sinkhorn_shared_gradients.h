@@ -7,7 +7,7 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
-// The rows of one panel: first_phi from <P, C>, the dual value and f; sums get W^T u.
+// The rows of one panel: first_phi from <P, C> and the dual value; sums get W^T u.
 template <class S, class T>
 void SharedBackward<S, T>::first_rows(const Team& team, int64_t row, int64_t rows, bool add) {
     const int64_t whole = padded(rows);
@@ -40,25 +40,27 @@ void SharedBackward<S, T>::first_rows(const Team& team, int64_t row, int64_t row
             store(first_phi_ + k, load(first_phi_ + k) + (x > zero ? gap : zero));
         });
     }
-    if (!args_.grad_f) return;
-    block_.load(args_.grad_f + row, args_.n, rows, panel);
-    for_atoms(row, row + rows, [&](int64_t k, int64_t) {
-        const Vec<S> own = eps * load(panel + k - row * lanes_) * inverse_mass<S>(load(rows_.mass + k));
-        store(first_phi_ + k, load(first_phi_ + k) + own);
-    });
+}
+
+// out = epsilon times the gradient of f or g, of the thread's own atoms.
+template <class S, class T>
+void SharedBackward<S, T>::load_incoming(const Team& team, bool row_side, const T* grad, S* out) {
+    const S eps = static_cast<S>(args_.epsilon);
+    int64_t begin, end;
+    own_atoms(team, row_side, begin, end);
+    if (begin < end) block_.load(grad + begin, row_side ? args_.n : args_.m, end - begin, out + begin * lanes_);
+    for_atoms(begin, end, [&](int64_t k, int64_t) { store(out + k, eps * load(out + k)); });
 }
 
 template <class S, class T>
 void SharedBackward<S, T>::first_adjoint(const Team& team) {
-    const S eps = static_cast<S>(args_.epsilon);
     int64_t begin, end;
     own_atoms(team, false, begin, end);
     for_atoms(begin, end, [&](int64_t k, int64_t) {
         store(v_ + k, load(columns_.mass + k) * load(columns_.scaling + k));
     });
-    if (args_.grad_g && begin < end) {
-        block_.load(args_.grad_g + begin, args_.m, end - begin, first_gamma_ + begin * lanes_);
-    }
+    if (args_.grad_f) load_incoming(team, true, args_.grad_f, of_f_);
+    if (args_.grad_g) load_incoming(team, false, args_.grad_g, of_g_);
     team.barrier();
     int64_t row0, row1;
     own_atoms(team, true, row0, row1);
@@ -69,7 +71,6 @@ void SharedBackward<S, T>::first_adjoint(const Team& team) {
         if (args_.grad_transport_cost) {
             gamma = load(of_transport_ + lane) * load(columns_.scaling + k) * load(this->sums_ + k);
         }
-        if (args_.grad_g) gamma += eps * load(first_gamma_ + k) * inverse_mass<S>(load(columns_.mass + k));
         store(first_gamma_ + k, gamma);
     });
     team.barrier();
@@ -120,7 +121,7 @@ void SharedBackward<S, T>::direct_cost(const Team& team, S* outer) {
 // penalty penalty (1 - e) - epsilon e + epsilon sum(b), e = exp(-f' / penalty).
 template <class S, class T>
 void SharedBackward<S, T>::marginal_gradient(const Team& team, const Scaled& side, const S* collected,
-                                             const double* other_mass, T* out) {
+                                             const S* of_potential, const double* other_mass, T* out) {
     if (!out) return;
     const bool of_base = iterates_ && !is_rows(side);
     S* panel = this->own_panel(team);
@@ -130,6 +131,7 @@ void SharedBackward<S, T>::marginal_gradient(const Team& team, const Scaled& sid
         for_atoms(first, first + count, [&](int64_t k, int64_t lane) {
             const Vec<S> zero = {};
             Vec<S> grad = load(collected + k);
+            if (of_potential) grad += load(of_potential + k) / load(side.mass + k);
             if (of_base) grad += kernel_.base() * load(of_transport_ + lane);
             for (int64_t part = 0; part < width<S> && args_.grad_regularized_cost; part += width<double>) {
                 const Vec<double> relative = side.relative(k / lanes_, load_double(side.scaling + k + part));
