@@ -97,14 +97,15 @@ def test_other_threads_and_tasks_are_not_touched():
 
 @pytest.mark.parametrize("op", _dispatch.OPS)
 def test_resolve(op):
-    assert _dispatch.resolve(op, CPU) == ("reference" if op in _dispatch.REFERENCE_ONLY else AUTO)
+    compiled = NATIVE and op not in _dispatch.REFERENCE_ONLY
+    assert _dispatch.resolve(op, CPU) == ("cpu" if compiled else "reference")
     assert _dispatch.resolve(op, CPU, "reference") == "reference"
     assert _dispatch.resolve(op, CUDA) == "reference"  # until its kernels are written
     assert _dispatch.resolve(op, torch.device("meta")) == "reference"
     for name in ("cuda", "triton"):
         with pytest.raises(RuntimeError, match=f"'{name}' is not available for {op}: .*not written"):
             _dispatch.resolve(op, CPU, name)
-    reason = ".*cpu tensors.*cuda" if NATIVE else ""
+    reason = ".*cpu tensors.*cuda" if compiled else ""
     with pytest.raises(RuntimeError, match=f"'cpu' is not available for {op}: {reason}"):
         _dispatch.resolve(op, CUDA, "cpu")
     with pytest.raises(ValueError, match="backend: expected one of 'auto', 'reference', .* got 'pot'"):
