@@ -88,23 +88,11 @@ def _pot(cost: Tensor) -> Function:
     import ot
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        a, b = masses(student, teacher)
+        a, b = (weights + 1e-12 for weights in masses(student, teacher))  # it stops at masses of 0
         matrix = cost.to(a.dtype)
         options = {"numItermax": NUM_ITERS, "stopThr": 0.0, "warn": False}
         plans = [ot.sinkhorn(row, column, matrix, EPSILON, **options) for row, column in zip(a, b, strict=True)]
         return torch.stack([(plan * matrix).sum() for plan in plans]).mean()
-
-    return loss
-
-
-def _pot_batch(cost: Tensor) -> Function:
-    import ot.batch
-
-    def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        a, b = (weights + 1e-12 for weights in masses(student, teacher))  # its logarithms take no zero masses
-        own = cost.to(a.dtype).expand(len(a), *cost.shape)
-        options = {"max_iter": NUM_ITERS, "tol": 0.0, "method": "log_sinkhorn", "grad": "autodiff"}
-        return ot.batch.solve_batch(own, EPSILON, a, b, **options).value_linear.mean()
 
     return loss
 
@@ -129,7 +117,6 @@ PEERS = (
     Peer("products", "matrix products, PyTorch", _on_cost(matrix_products)),
     Peer("products-compiled", "the same, torch.compile", _on_cost(lambda cost: _compiled(matrix_products(cost)))),
     Peer("pot", "POT ot.sinkhorn, one by one", _on_cost(_pot)),
-    Peer("pot-batch-log", "POT ot.batch, log", _on_cost(_pot_batch), same_answer=False, sizes=("100",)),
 )
 
 

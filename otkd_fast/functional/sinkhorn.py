@@ -128,8 +128,10 @@ def _dense(cost, a, b, f, g, options, gradient):
 
 
 def _shared(cost, a, b, f, g, options, gradient):
-    """The op takes one batch axis."""
+    """The op takes one batch axis, and does not differentiate implicitly: that is done on the expanded cost."""
     batch = (b if a is None else a).shape[:-1]
+    if gradient == "implicit":
+        return _dense(cost.expand(*batch, *cost.shape), a, b, f, g, options, gradient)
     if len(batch) == 1:
         return compiled.solve("shared", cost, a, b, f, g, options, gradient)
     a, b, f, g = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (a, b, f, g))
