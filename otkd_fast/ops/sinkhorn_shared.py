@@ -170,6 +170,8 @@ def _bwd_cpu(
     grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
     gradient: str, need_cost: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if gradient == "implicit":
+        raise NotImplementedError("sinkhorn_shared_bwd: no implicit gradient; expand the cost and use sinkhorn_bwd")
     options = (epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b)
     per_problem = (a, b, initial_f, initial_g)
     incoming = (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)

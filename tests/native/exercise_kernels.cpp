@@ -76,16 +76,17 @@ void sinkhorn(const Shape& s, int threads, const std::vector<T>& cost, double ep
     const int64_t num_iters = 3;
     std::vector<T> a(s.batch * s.n, T(1) / s.n), b(s.batch * s.m, T(1) / s.m), f(a.size()), g(b.size());
     std::vector<T> transport(s.batch), dual(s.batch), error(s.batch), grad_cost(cost.size()), grad_a(a.size()), grad_b(b.size());
-    std::vector<double> history(s.batch * (1 + num_iters * (s.n + s.m)));
     SinkhornArgs<T> args{};
     args.cost = cost.data();
     args.a = a.data();
     args.b = b.data();
-    args.history = history.data();
     args.batch = s.batch;
     args.n = s.n;
     args.m = s.m;
-    args.num_iters = args.kept = num_iters;
+    args.num_iters = num_iters;
+    args.keep = gradient == Gradient::unroll ? Keep::all : gradient == Gradient::last_step ? Keep::last_step : Keep::last;
+    std::vector<double> history(s.batch * history_stride(args));
+    args.history = history.data();
     args.epsilon = epsilon;
     args.threads = threads;
     args.transport_cost = transport.data();
@@ -101,8 +102,8 @@ void sinkhorn(const Shape& s, int threads, const std::vector<T>& cost, double ep
     args.gradient = gradient;
     args.grad_transport_cost = gradient == Gradient::envelope ? nullptr : transport.data();
     args.grad_regularized_cost = gradient == Gradient::detach ? nullptr : dual.data();
-    args.grad_f = gradient == Gradient::unroll ? f.data() : nullptr;
-    args.grad_g = gradient == Gradient::unroll ? g.data() : nullptr;
+    args.grad_f = gradient == Gradient::unroll || gradient == Gradient::last_step ? f.data() : nullptr;
+    args.grad_g = gradient == Gradient::unroll || gradient == Gradient::last_step ? g.data() : nullptr;
     args.grad_cost = grad_cost.data();
     args.grad_a = gradient == Gradient::detach ? nullptr : grad_a.data();
     args.grad_b = gradient == Gradient::detach ? nullptr : grad_b.data();
@@ -147,7 +148,7 @@ void exercise(const Shape& shape, int threads) {
             const std::vector<T> cost = cost_matrix<T>(shape, threads, metric, temperature);
             if (metric != Metric::l1) continue;
             for (double epsilon : {0.1, 0.005, 0.00005}) {  // float scalings, double scalings, log domain
-                for (Gradient gradient : {Gradient::unroll, Gradient::envelope, Gradient::detach}) {
+                for (Gradient gradient : {Gradient::unroll, Gradient::envelope, Gradient::detach, Gradient::last_step}) {
                     sinkhorn<T>(shape, threads, cost, epsilon, gradient);
                 }
             }
