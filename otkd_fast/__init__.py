@@ -15,9 +15,10 @@ from .functional.gaussian import (
 )
 from .functional.gaussian_kl import gaussian_kl, gaussian_kl_diagonal
 from .functional.moments import FeatureMoments, feature_moments
-from .functional.planned import sinkhorn_points
 from .functional.polar import polar
 from .functional.sinkhorn import sinkhorn
+from .functional.sinkhorn_divergence import sinkhorn_divergence
+from .functional.sinkhorn_points import sinkhorn_points
 from .functional.sinkhorn_ragged import sinkhorn_ragged
 from .functional.sinkhorn_result import SinkhornResult
 from .functional.sqrtm import sqrtm
@@ -40,6 +41,7 @@ __all__ = [
     "losses",
     "polar",
     "sinkhorn",
+    "sinkhorn_divergence",
     "sinkhorn_points",
     "sinkhorn_ragged",
     "sqrtm",

@@ -22,6 +22,7 @@ OPS = (
     "sinkhorn",
     "sinkhorn_shared",
     "sinkhorn_ragged",
+    "sinkhorn_points",
     "sinkd",
     "polar",
     "sqrtm",

@@ -62,7 +62,7 @@ def cost_matrix(
     tensor([[0., 5.],
             [5., 0.]])
     """
-    temperature = _check(x, y, metric, softmax_temperature)
+    temperature = check_rows(x, y, metric, softmax_temperature)
     dtype = x.dtype
     if dtype in HALF_DTYPES:
         x, y = x.float(), y.float()
@@ -75,7 +75,7 @@ def cost_matrix(
     return cost if cost.dtype == dtype else cost.to(dtype)
 
 
-def _check(x: Tensor, y: Tensor, metric: str, softmax_temperature: float | None) -> float:
+def check_rows(x: Tensor, y: Tensor, metric: str, softmax_temperature: float | None = None) -> float:
     """Raise for what the op cannot take; the temperature in the op's convention (0.0: none)."""
     check_tensor("x", x, 2, "(..., n, d)")
     check_tensor("y", y, 2, "(..., m, d)")

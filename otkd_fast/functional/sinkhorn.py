@@ -161,13 +161,24 @@ def _check_problem(
     if n == 0 or m == 0:
         raise ValueError(f"cost: expected at least one row and one column, got shape {tuple(cost.shape)}")
     batch = cost.shape[:-2]
+    return check_marginals(a, b, n, m, batch, ("cost", cost), ("cost's rows", "cost's columns"), gradient, options)
+
+
+def check_marginals(
+    a: Tensor | None, b: Tensor | None, n: int, m: int, batch: tuple[int, ...], like: tuple[str, Tensor],
+    axes: tuple[str, str], gradient: str, options: Options,
+) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:  # fmt: skip
+    """Raise for marginals that do not fit; both expanded to the batch, which is theirs where `batch` is empty.
+
+    like: name and value of the argument with their dtype and device; axes: what each mass of `a` and of `b` stands for.
+    """
     if a is None and b is None:
         return None, None, batch
     if not batch:
         batch = _batch_of(a) or _batch_of(b)
     given_a, given_b = a, b
-    a = None if a is None else _check_marginal("a", a, "n", n, cost, batch, gradient)
-    b = None if b is None else _check_marginal("b", b, "m", m, cost, batch, gradient)
+    a = None if a is None else _check_marginal("a", a, "n", n, like, axes[0], batch, gradient)
+    b = None if b is None else _check_marginal("b", b, "m", m, like, axes[1], batch, gradient)
     if values_readable(given_a, given_b):
         check_masses(given_a, given_b, same_total=options.penalty_a == options.penalty_b == torch.inf)
     return a, b, batch
@@ -178,15 +189,13 @@ def _batch_of(weights: Tensor | None) -> tuple[int, ...]:
 
 
 def _check_marginal(
-    name: str, weights: Tensor, letter: str, size: int, cost: Tensor, batch: tuple[int, ...], gradient: str
-) -> Tensor:
+    name: str, weights: Tensor, letter: str, size: int, like: tuple[str, Tensor], axis: str, batch: tuple[int, ...],
+    gradient: str,
+) -> Tensor:  # fmt: skip
     check_tensor(name, weights, 1, f"(..., {letter})")
-    check_same_kind(name, weights, "cost", cost)
+    check_same_kind(name, weights, *like)
     if weights.shape[-1] != size:
-        axis = "rows" if name == "a" else "columns"
-        raise ValueError(
-            f"{name}: expected {size} masses, one for each of cost's {axis}, got shape {tuple(weights.shape)}"
-        )
+        raise ValueError(f"{name}: expected {size} masses, one for each of {axis}, got shape {tuple(weights.shape)}")
     if gradient == "detach":
         check_constant(name, weights)
     if weights.dim() == 1:

@@ -30,8 +30,10 @@ def history_size(n: int, m: int, num_iters: int, keep: int) -> int:
 def _problems(
     operands: tuple[Tensor | None, ...], history: Tensor, num_iters: int, keep: int, options: tuple[float, ...]
 ) -> tuple:
-    """What the native module is told of the problems, but for the workspace; operands: cost, a, b, initial potentials,
-    all contiguous; options: epsilon, tol, relaxation, penalty_a, penalty_b."""
+    """What the native module is told of the problems, but for the workspace.
+
+    operands: cost, a, b, initial_f, initial_g, all contiguous; options: epsilon, tol, relaxation, penalty_a, penalty_b.
+    """
     cost = operands[0]
     *batch, n, m = cost.shape
     return (

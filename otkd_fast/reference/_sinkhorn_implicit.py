@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .._values import values_readable
-from ._sinkhorn_loop import Problem, damping, plan
+from ._sinkhorn_costs import plan
+from ._sinkhorn_loop import Problem, damping
 
 MAX_STEPS = 1000
 RELATIVE_RESIDUAL = {torch.float64: 1e-13, torch.float32: 1e-7}
@@ -30,8 +31,8 @@ _ROUNDING = 1e-15  # of a residual, relative to the terms it is the difference o
 
 def attach(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The potentials `f` and `g`, which have no graph, with the implicit derivative by cost, a and b."""
-    cost, a, b, *options = problem
-    return _Implicit.apply(cost, a, b, f, g, *options)
+    costs, a, b, *options = problem
+    return _Implicit.apply(costs.matrix(), a, b, f, g, *options)
 
 
 class _Implicit(torch.autograd.Function):
@@ -62,9 +63,7 @@ def _gradients(
 
     An operator, so that a compiler takes its loop as one node; every tensor has the axes of the batch.
     """
-    tensors = (tensor.double() for tensor in (cost, a, b))
-    problem = Problem(*tensors, epsilon, penalty_a, penalty_b)
-    p = plan(problem, f.double(), g.double())  # (..., n, m)
+    p = plan(cost.double(), f.double(), g.double(), epsilon)  # (..., n, m)
     rows, columns = p.sum(-1), p.sum(-2)  # (..., n), (..., m)
     has_row, has_column = rows > 0, columns > 0
     diagonal_a = torch.where(has_row, rows / damping(penalty_a, epsilon), 1)
@@ -77,8 +76,8 @@ def _gradients(
     if gauge:
         w, x = gauge.project(w, x)
     grad_cost = p * (w.unsqueeze(-1) + x.unsqueeze(-2))
-    grad_a = torch.where(has_row, epsilon * diagonal_a / torch.where(has_row, problem.a, 1) * w, 0)
-    grad_b = torch.where(has_column, epsilon * diagonal_b / torch.where(has_column, problem.b, 1) * x, 0)
+    grad_a = torch.where(has_row, epsilon * diagonal_a / torch.where(has_row, a.double(), 1) * w, 0)
+    grad_b = torch.where(has_column, epsilon * diagonal_b / torch.where(has_column, b.double(), 1) * x, 0)
     return grad_cost.to(cost.dtype), grad_a.to(cost.dtype), grad_b.to(cost.dtype)
 
 

@@ -6,12 +6,14 @@ Each of them is kept out of the differentiated branch, so gradients there are 0 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._values import values_readable
+from ._sinkhorn_costs import DenseCosts, PointCosts
 
 
 class Problem(NamedTuple):
@@ -19,7 +21,7 @@ class Problem(NamedTuple):
     constraint.
     """
 
-    cost: Tensor  # (..., n, m)
+    costs: DenseCosts | PointCosts  # (..., n, m)
     a: Tensor  # (..., n)
     b: Tensor  # (..., m)
     epsilon: float
@@ -28,7 +30,16 @@ class Problem(NamedTuple):
 
     def detach(self) -> Problem:
         """The same problem without its graph."""
-        return self._replace(cost=self.cost.detach(), a=self.a.detach(), b=self.b.detach())
+        return self.mapped(Tensor.detach)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a problem may be differentiated by."""
+        return *self.costs.tensors, self.a, self.b
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Problem:
+        """The same problem with `function` applied to each of its tensors."""
+        return self._replace(costs=self.costs.mapped(function), a=function(self.a), b=function(self.b))
 
 
 class Solution(NamedTuple):
@@ -46,23 +57,19 @@ def damping(penalty: float, epsilon: float) -> float:
     return 1.0 if penalty == torch.inf else penalty / (penalty + epsilon)
 
 
-def plan(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
-    """exp((f + g - C) / epsilon), (..., n, m)."""
-    return ((f.unsqueeze(-1) + g.unsqueeze(-2) - problem.cost) / problem.epsilon).exp()
-
-
 def relative(weights: Tensor, potential: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """f' = f - epsilon log a where the mass is served, 0 elsewhere, and the mask of the served masses."""
     served = potential != -torch.inf
     return torch.where(served, potential, 0) - epsilon * _log(weights)[0], served
 
 
-def marginal_error(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
-    """sum_i |(P 1)_i - a_i exp(-f'_i / penalty_a)| + sum_j |(P^T 1)_j - b_j exp(-g'_j / penalty_b)|, (...).
+def marginal_error(problem: Problem, f: Tensor, g: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """sum_i |rows_i - a_i exp(-f'_i / penalty_a)| + sum_j |columns_j - b_j exp(-g'_j / penalty_b)|, (...), for the sums
+    P 1 (..., n) and P^T 1 (..., m) of the plan.
 
     The targets of a constraint are a and b. A mass that cannot be served is given up under a penalty: target 0.
     """
-    problem, f, g = problem.detach(), f.detach(), g.detach()
+    problem, f, g, rows, columns = problem.detach(), *(tensor.detach() for tensor in (f, g, rows, columns))
 
     def target(weights: Tensor, potential: Tensor, penalty: float) -> Tensor:
         if penalty == torch.inf:
@@ -70,9 +77,8 @@ def marginal_error(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
         shift, served = relative(weights, potential, problem.epsilon)
         return weights * torch.where(served, (-shift / penalty).exp(), 0)
 
-    p = plan(problem, f, g)
-    rows = (p.sum(-1) - target(problem.a, f, problem.penalty_a)).abs().sum(-1)
-    return rows + (p.sum(-2) - target(problem.b, g, problem.penalty_b)).abs().sum(-1)
+    error = (rows - target(problem.a, f, problem.penalty_a)).abs().sum(-1)
+    return error + (columns - target(problem.b, g, problem.penalty_b)).abs().sum(-1)
 
 
 class Iteration:
@@ -102,14 +108,14 @@ class Iteration:
         return _relaxed(f, self._rows(g), omega), g
 
     def _rows(self, g: Tensor) -> Tensor:
-        cost, _, _, epsilon, penalty, _ = self.problem
-        value, empty = _logsumexp((g.unsqueeze(-2) - cost) / epsilon, dim=-1)
+        costs, _, _, epsilon, penalty, _ = self.problem
+        value, empty = costs.over_columns(g, epsilon)
         new = epsilon * (self.log_a - damping(penalty, epsilon) * value)
         return torch.where(self.mass_a & ~empty, new, -torch.inf)
 
     def _columns(self, f: Tensor) -> Tensor:
-        cost, _, _, epsilon, _, penalty = self.problem
-        value, empty = _logsumexp((f.unsqueeze(-1) - cost) / epsilon, dim=-2)
+        costs, _, _, epsilon, _, penalty = self.problem
+        value, empty = costs.over_rows(f, epsilon)
         new = epsilon * (self.log_b - damping(penalty, epsilon) * value)
         return torch.where(self.mass_b & ~empty, new, -torch.inf)
 
@@ -157,7 +163,8 @@ def solve(
             f, g = torch.where(moving, new_f, f), torch.where(moving, new_g, g)
         count = count + running
         if tol is not None or auto and auto.wants(k):
-            error = marginal_error(problem, f, g)
+            _, *sums = problem.costs.plan_sums(f, g, problem.epsilon, True)
+            error = marginal_error(problem, f, g, *sums)
         if auto and auto.wants(k):
             auto.observe(k, error)
         if tol is not None:
@@ -179,12 +186,3 @@ def _log(weights: Tensor) -> tuple[Tensor, Tensor]:
     """log(weights) with 0 where there is no mass, and the mask of the mass."""
     mass = weights > 0
     return torch.where(mass, weights, 1).log(), mass
-
-
-def _logsumexp(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """log sum exp with 0 for slices that are all -inf, and the mask of those slices; gradient 0 there."""
-    largest = logits.detach().amax(dim=dim, keepdim=True)
-    largest = torch.where(largest == -torch.inf, 0, largest)
-    total = (logits - largest).exp().sum(dim=dim)
-    empty = total == 0
-    return torch.where(empty, 1, total).log() + largest.squeeze(dim), empty

@@ -6,6 +6,8 @@ accuracy; the GEMM form |x|^2 + |y|^2 - 2 <x, y> loses it there. The price is a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -38,13 +40,19 @@ def cost_matrix(x: Tensor, y: Tensor, *, metric: str, softmax_temperature: float
     chunk = max(1, _CHUNK_ELEMENTS // max(1, batch * y.shape[-2] * d))
     if n <= chunk:
         return pairs(x, y)
-    # checkpointing bounds the memory of the backward pass too; functorch does not support it
+    return torch.cat(in_chunks(lambda rows: pairs(rows, y), chunk, x), dim=-2)
+
+
+def in_chunks(function: Callable, chunk: int, *tensors: Tensor) -> list:
+    """`function` of at most `chunk` rows (axis -2) of each tensor at a time; a backward pass computes it again.
+
+    Not under functorch, which does not support checkpoints: there the memory of a backward pass is not bounded.
+    """
+    chunks = zip(*(tensor.split(max(1, chunk), dim=-2) for tensor in tensors), strict=True)
     recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if recompute and not torch._C._are_functorch_transforms_active():
-        parts = [checkpoint(pairs, rows, y, use_reentrant=False) for rows in x.split(chunk, dim=-2)]
-    else:
-        parts = [pairs(rows, y) for rows in x.split(chunk, dim=-2)]
-    return torch.cat(parts, dim=-2)
+        return [checkpoint(function, *rows, use_reentrant=False) for rows in chunks]
+    return [function(*rows) for rows in chunks]
 
 
 def _differences(x: Tensor, y: Tensor) -> Tensor:

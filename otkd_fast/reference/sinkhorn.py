@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .._guards import first_order_only, uncovered, uncovered_message
+from ._sinkhorn_costs import DenseCosts, PointCosts
 from ._sinkhorn_implicit import attach
-from ._sinkhorn_loop import Iteration, Problem, marginal_error, plan, relative, solve
+from ._sinkhorn_loop import Iteration, Problem, marginal_error, relative, solve
 
 
 class SinkhornOutputs(NamedTuple):
@@ -61,7 +62,54 @@ def sinkhorn(
         relaxation: over-relaxation omega in (0, 2), or 'auto'.
         marginal_penalty: None, or rho, or (rho_a, rho_b), where None and inf stand for a constraint.
     """
-    problem = _problem(cost, a, b, epsilon, marginal_penalty)
+    n, m = cost.shape[-2:]
+    given = [cost.shape[:-2], *(weights.shape[:-1] for weights in (a, b) if weights is not None)]
+    batch = torch.broadcast_shapes(*given)
+    a, b = _masses(a, (*batch, n), cost), _masses(b, (*batch, m), cost)
+    problem = Problem(DenseCosts(cost.expand(*batch, n, m)), a, b, epsilon, *penalties(marginal_penalty))
+    return _solution(problem, num_iters, tol, update_first, gradient, initial_potentials, relaxation)
+
+
+def sinkhorn_points(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    metric: str,
+    epsilon: float,
+    num_iters: int,
+    tol: float | None = None,
+    update_first: str = "a",
+    gradient: str = "unroll",
+    initial_potentials: tuple[Tensor | None, Tensor | None] | None = None,
+    relaxation: float | str = 1.0,
+    marginal_penalty: float | tuple[float | None, float | None] | None = None,
+    stored: bool = False,
+) -> SinkhornOutputs:
+    """:func:`sinkhorn` between points; see :func:`otkd_fast.sinkhorn_points`. Nothing is validated.
+
+    Args:
+        x: (..., n, d), float32 or float64; y: (..., m, d), a (..., n), b (..., m), all with the same batch axes.
+        stored: make the cost matrix once; else its rows are computed a chunk at a time wherever they are used, also
+            in the backward pass (except 'implicit', which makes the matrix there).
+    """
+    a, b = _masses(a, x.shape[:-1], x), _masses(b, y.shape[:-1], x)
+    costs = PointCosts(x, y, metric)
+    costs = DenseCosts(costs.matrix()) if stored else costs
+    problem = Problem(costs, a, b, epsilon, *penalties(marginal_penalty))
+    return _solution(problem, num_iters, tol, update_first, gradient, initial_potentials, relaxation)
+
+
+def _masses(weights: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """`weights` in the shape of the batch (by expansion, without a copy), uniform where they are None."""
+    return like.new_full(shape, 1 / shape[-1]) if weights is None else weights.expand(shape)
+
+
+def _solution(
+    problem: Problem, num_iters: int, tol: float | None, update_first: str, gradient: str,
+    initial_potentials: tuple[Tensor | None, Tensor | None] | None, relaxation: float | str,
+) -> SinkhornOutputs:  # fmt: skip
     initial_f, initial_g = initial_potentials or (None, None)
 
     def run(problem: Problem):
@@ -70,17 +118,16 @@ def sinkhorn(
 
     if gradient == "unroll":
         f, g, _, _, count = run(problem)
-        return _outputs(problem, f, g, plan(problem, f, g), count)
+        return _outputs(problem, f, g, count)
     with torch.no_grad():
         f, g, before_f, before_g, count = run(problem.detach())
     message = (
         f"sinkhorn: gradient='{gradient}' has no second derivative; use gradient='unroll' with backend='reference'"
     )
-    inputs = [first_order_only(tensor, message) for tensor in problem[:3]]
-    problem = problem._replace(cost=inputs[0], a=inputs[1], b=inputs[2])
+    problem = problem.mapped(lambda tensor: first_order_only(tensor, message))
     if gradient == "last_step":
         f, g = Iteration(problem, update_first)(before_f, before_g)
-        return _outputs(problem, f, g, plan(problem, f, g), count)
+        return _outputs(problem, f, g, count)
     return _MODES[gradient](problem, f, g, count)
 
 
@@ -91,30 +138,16 @@ def penalties(marginal_penalty: float | tuple[float | None, float | None] | None
     return penalty_a, penalty_b
 
 
-def _problem(cost: Tensor, a: Tensor | None, b: Tensor | None, epsilon: float, marginal_penalty) -> Problem:
-    """The arguments with uniform marginals filled in, all in the shape of the batch (by expansion, without a copy)."""
-    n, m = cost.shape[-2:]
-    given = [cost.shape[:-2], *(weights.shape[:-1] for weights in (a, b) if weights is not None)]
-    batch = torch.broadcast_shapes(*given)
-    a = cost.new_full((*batch, n), 1 / n) if a is None else a.expand(*batch, n)
-    b = cost.new_full((*batch, m), 1 / m) if b is None else b.expand(*batch, m)
-    return Problem(cost.expand(*batch, n, m), a, b, epsilon, *penalties(marginal_penalty))
+def _outputs(problem: Problem, f: Tensor, g: Tensor, count: Tensor, constant: bool = False) -> SinkhornOutputs:
+    """The outputs for these potentials, with a plan that is `constant` for autograd or not."""
+    inner, rows, columns = problem.costs.plan_sums(f, g, problem.epsilon, constant)
+    value = _dual_value(problem, f, g, rows.sum(-1))
+    return SinkhornOutputs(inner, value, f, g, marginal_error(problem, f, g, rows, columns), count)
 
 
-def _outputs(problem: Problem, f: Tensor, g: Tensor, p: Tensor, count: Tensor) -> SinkhornOutputs:
-    return SinkhornOutputs(
-        _inner(p, problem.cost), _dual_value(problem, f, g, p), f, g, marginal_error(problem, f, g), count
-    )
-
-
-def _inner(p: Tensor, cost: Tensor) -> Tensor:
-    """<P, C>; a forbidden pair (C = +inf, so P = 0) counts 0."""
-    return (p * torch.where(cost == torch.inf, 0, cost)).sum((-2, -1))
-
-
-def _dual_value(problem: Problem, f: Tensor, g: Tensor, p: Tensor) -> Tensor:
+def _dual_value(problem: Problem, f: Tensor, g: Tensor, total: Tensor) -> Tensor:
     """value_a + value_b - epsilon (sum P - sum a sum b), where value_a is <a, f'> for f' = f - epsilon log a, under a
-    penalty penalty_a <a, 1 - exp(-f' / penalty_a)>.
+    penalty penalty_a <a, 1 - exp(-f' / penalty_a)>; `total` (...) is sum P.
 
     A mass that cannot be served has the value of giving it up under a penalty (penalty_a a_i), 0 without one. Masses
     that take no part in the value have gradient 0.
@@ -128,8 +161,7 @@ def _dual_value(problem: Problem, f: Tensor, g: Tensor, p: Tensor) -> Tensor:
             return torch.where(served, weights * shift, 0).sum(-1)
         return penalty * (weights * torch.where(served, -torch.expm1(-shift / penalty), 1)).sum(-1)
 
-    total = value(a, f, penalty_a) + value(b, g, penalty_b)
-    return total + epsilon * (a.sum(-1) * b.sum(-1) - p.sum((-2, -1)))
+    return value(a, f, penalty_a) + value(b, g, penalty_b) + epsilon * (a.sum(-1) * b.sum(-1) - total)
 
 
 def _counted(weights: Tensor, potential: Tensor, penalty: float) -> Tensor:
@@ -142,24 +174,20 @@ def _counted(weights: Tensor, potential: Tensor, penalty: float) -> Tensor:
 
 def _envelope(problem: Problem, f: Tensor, g: Tensor, count: Tensor) -> SinkhornOutputs:
     """Partial derivatives of the dual value at fixed potentials; only `regularized_cost` is differentiable."""
-    p = plan(problem, f, g)
-    outputs = _outputs(problem, f, g, p, count)
-    return _hide(outputs, problem, "envelope", "regularized_cost")
+    return _hide(_outputs(problem, f, g, count), problem, "envelope", "regularized_cost")
 
 
 def _detach(problem: Problem, f: Tensor, g: Tensor, count: Tensor) -> SinkhornOutputs:
     """The plan is a constant; only `transport_cost` is differentiable."""
-    outputs = _outputs(problem, f, g, plan(problem, f, g).detach(), count)
-    return _hide(outputs, problem, "detach", "transport_cost")
+    return _hide(_outputs(problem, f, g, count, constant=True), problem, "detach", "transport_cost")
 
 
 def _implicit(problem: Problem, f: Tensor, g: Tensor, count: Tensor) -> SinkhornOutputs:
     """The potentials are the fixed point; there the dual value does not change with them, so its gradient is the
     envelope's, which an error in the potentials cannot blow up.
     """
-    value = _dual_value(problem, f, g, plan(problem, f, g))
-    f, g = attach(problem, f, g)
-    return _outputs(problem, f, g, plan(problem, f, g), count)._replace(regularized_cost=value)
+    value = _outputs(problem, f, g, count).regularized_cost
+    return _outputs(problem, *attach(problem, f, g), count)._replace(regularized_cost=value)
 
 
 _MODES = {"envelope": _envelope, "detach": _detach, "implicit": _implicit}
@@ -167,7 +195,7 @@ _MODES = {"envelope": _envelope, "detach": _detach, "implicit": _implicit}
 
 def _hide(outputs: SinkhornOutputs, problem: Problem, gradient: str, covered: str) -> SinkhornOutputs:
     """`outputs` where a backward pass through one that is not covered raises."""
-    anchor = sum(tensor.sum() * 0 for tensor in problem[:3])  # requires grad where one of the three does
+    anchor = sum(tensor.sum() * 0 for tensor in problem.tensors)  # requires grad where one of them does
     hidden = {
         name: uncovered(getattr(outputs, name).detach(), anchor, uncovered_message(name, gradient, covered))
         for name in ("transport_cost", "regularized_cost", "f", "g")

@@ -144,15 +144,3 @@ def test_accepts_numbers_that_are_not_float_or_int(backend):
     for epsilon, num_iters in ((2, 3), (numpy.float32(2), numpy.int64(3))):
         actual = otkd_fast.sinkhorn(c, epsilon=epsilon, num_iters=num_iters, backend=backend).transport_cost
         assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("sinkhorn_points", (cost(3, 2), cost(4, 2))),
-    ],
-)
-def test_planned_names_say_that_they_are_planned(name, arguments):
-    options = {"metric": "l1", "epsilon": 0.1, "num_iters": 3} if name == "sinkhorn_points" else {}
-    with pytest.raises(NotImplementedError, match=f"{name} is not implemented yet"):
-        getattr(otkd_fast, name)(*arguments, **options)
