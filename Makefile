@@ -30,7 +30,7 @@ test: $(VENV)/.test ## run the tests, e.g. make test ARGS='-k sinkhorn'; ARGS='-
 demo: $(VENV)/.demo ## distill a student on handwritten digits; table, plot and report in out/
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
-bench: $(VENV)/.demo ## time SinKD and the L1 cost against POT, geomloss and PyTorch; bench/results/cpu.json and a table
+bench: $(VENV)/.demo ## time the kernels against POT, geomloss and PyTorch; bench/results/cpu.json and tables
 	PYTHONPATH=. $(BIN)/python -m bench.run $(ARGS)
 	PYTHONPATH=. $(BIN)/python -m bench.report
 

@@ -21,6 +21,8 @@ DTYPES = (torch.float32, torch.float64)
 JUDGED_AS = {
     "cost_matrix": ("cost_matrix", "value"),
     "sinkhorn": ("sinkhorn", "regularized_cost"),
+    "sinkhorn_shared": ("sinkhorn", "regularized_cost"),
+    "sinkhorn_points": ("sinkhorn", "regularized_cost"),
     "sinkd": ("sinkhorn", "transport_cost"),
 }
 
@@ -134,6 +136,11 @@ def _cases() -> Iterator[tuple[str, str, Callable, Callable]]:
         cost = 2 * torch.rand(3, 24, 19, generator=generator, dtype=torch.float64)
         return [cost, *(torch.randn(3, n, generator=generator, dtype=torch.float64) for n in (24, 19))]
 
+    def shared_problem() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        cost = 2 * torch.rand(24, 19, generator=generator, dtype=torch.float64)
+        return [cost, *(torch.randn(33, n, generator=generator, dtype=torch.float64) for n in (24, 19))]
+
     def logits() -> list[Tensor]:
         generator = torch.Generator().manual_seed(2)
         return [3 * torch.randn(48, 35, generator=generator, dtype=torch.float64) for _ in range(2)]
@@ -147,10 +154,17 @@ def _cases() -> Iterator[tuple[str, str, Callable, Callable]]:
         result = otkd_fast.sinkhorn(cost, a.softmax(-1), b.softmax(-1), epsilon=0.1, num_iters=20, backend=backend)
         return result.transport_cost + result.regularized_cost
 
+    def streamed(x: Tensor, y: Tensor, backend: str) -> Tensor:
+        options = {"metric": "sqeuclidean", "epsilon": 20.0, "num_iters": 20, "storage": "streamed", "backend": backend}
+        result = otkd_fast.sinkhorn_points(x, y, **options)
+        return result.transport_cost + result.regularized_cost
+
     for metric in ("l1", "l2", "sqeuclidean", "cosine"):
         yield "cost_matrix", metric, cost_matrix(metric, None), points
     yield "cost_matrix", "l1 of softmax", cost_matrix("l1", 2.0), points
     yield "sinkhorn", "unroll", sinkhorn, problem
+    yield "sinkhorn_shared", "unroll", sinkhorn, shared_problem
+    yield "sinkhorn_points", "unroll", streamed, points
     yield "sinkd", "SinKD", lambda s, t, backend: otkd_fast.losses.sinkd(s, t, backend=backend), logits
 
 
@@ -183,22 +197,23 @@ def text(report: dict) -> str:
 
 def _availability_lines(availability: dict[str, dict[str, str | None]]) -> list[str]:
     notes: dict[str, int] = {}
-    lines = [f"{'op':14}" + "".join(f" {backend:13}" for backend in BACKENDS)]
+    wide = max(map(len, availability))
+    lines = [f"{'op':{wide}}" + "".join(f" {backend:13}" for backend in BACKENDS)]
     for op, row in availability.items():
         name = "sinkd (fused)" if op == "sinkd" else op
         reasons = [row[backend] for backend in BACKENDS]
         cells = ["available" if r is None else f"no ({notes.setdefault(r, len(notes) + 1)})" for r in reasons]
-        lines.append(f"{name:14}" + "".join(f" {cell:13}" for cell in cells))
+        lines.append(f"{name:{wide}}" + "".join(f" {cell:13}" for cell in cells))
     return [line.rstrip() for line in lines] + [f"  ({number}) {reason}" for reason, number in notes.items()]
 
 
 def _self_test_lines(report: dict) -> list[str]:
     if not report["self_test"]:
         return ["self-test      nothing to test: no compiled backend is available, the reference backend works"]
-    heading = f"{'self-test':14} {'case':14} {'backend':8} {'dtype':8} {'forward':>9} {'gradient':>9}"
+    heading = f"{'self-test':15} {'case':14} {'backend':8} {'dtype':8} {'forward':>9} {'gradient':>9}"
     lines = [f"{heading}   (max relative error)"]
     for row in report["self_test"]:
-        start = f"{row['op']:14} {row['case']:14} {row['backend']:8} {row['dtype']:8}"
+        start = f"{row['op']:15} {row['case']:14} {row['backend']:8} {row['dtype']:8}"
         if row["forward"] is not None:
             start += f" {row['forward']:9.1e} {row['gradient']:9.1e}  "
         lines.append(f"{start} {'ok' if row['ok'] else 'FAIL: ' + row['error']}")

@@ -10,12 +10,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 
-def find_op(name: str) -> torch._ops.OpOverload | None:
-    """``torch.ops.otkd_fast.<name>``; None where no backend has it yet."""
-    packet = getattr(torch.ops.otkd_fast, name, None)
-    return None if packet is None else packet.default
-
-
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether the call must go through an autograd.Function rather than straight to the op.
 

@@ -1,16 +1,15 @@
-"""The autograd.Functions of the Sinkhorn ops on costs: dense, shared by a batch of marginals, ragged."""
+"""The autograd.Functions of the Sinkhorn ops on costs: dense, or shared by a batch of marginals."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
+from .. import ops as _registered  # noqa: F401  registers torch.ops.otkd_fast.*
 from .._guards import refuse_gradient, uncovered_message
 from ._autograd import (
     distinct,
     each_mapped,
-    find_op,
     keep_signature,
     mapped,
     needs_function,
@@ -19,9 +18,10 @@ from ._autograd import (
 )
 from ._sinkhorn_options import COVERED, KEEP, OUTPUTS, Options
 
-_NAMES = {"dense": "sinkhorn", "shared": "sinkhorn_shared", "ragged": "sinkhorn_ragged"}
-_FORWARD = {family: find_op(f"{name}_fwd") for family, name in _NAMES.items()}
-_BACKWARD = {family: find_op(f"{name}_bwd") for family, name in _NAMES.items()}
+_ops = torch.ops.otkd_fast
+_NAMES = {"dense": "sinkhorn", "shared": "sinkhorn_shared"}
+_FORWARD = {"dense": _ops.sinkhorn_fwd.default, "shared": _ops.sinkhorn_shared_fwd.default}
+_BACKWARD = {"dense": _ops.sinkhorn_bwd.default, "shared": _ops.sinkhorn_shared_bwd.default}
 
 
 def solve(
@@ -33,43 +33,25 @@ def solve(
     initial_g: Tensor | None,
     options: Options,
     gradient: str,
-    row_offsets: Tensor | None = None,
-    column_offsets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """transport_cost, regularized_cost, f, g, marginal_error, num_iters of the compiled op of `family`.
 
-    'dense': cost (..., n, m), a (..., n), b (..., m); 'shared': cost (n, m), a (B, n), b (B, m), one of them not None;
-    'ragged': packed cost, a (N,) and b (M,) with the offsets.
+    'dense': cost (..., n, m), a (..., n), b (..., m); 'shared': cost (n, m), a (B, n), b (B, m), one of them not None.
     """
     if needs_function(cost, a, b):
-        tensors = distinct(cost, a, b, row_offsets, column_offsets, initial_f, initial_g)
-        return _Sinkhorn.apply(*tensors, family, *options, gradient)[:6]
-    tensors = cost, a, b, row_offsets, column_offsets, initial_f, initial_g
-    return _forward(family, *tensors, *options, 0)[:6]
-
-
-def _forward(family, cost, a, b, row_offsets, column_offsets, initial_f, initial_g, *options):
-    if family == "ragged":
-        sizes = a.shape[0], b.shape[0]
-        return _FORWARD[family](cost, a, b, row_offsets, column_offsets, *sizes, initial_f, initial_g, *options)
-    return _FORWARD[family](cost, a, b, initial_f, initial_g, *options)
-
-
-def _backward(family, cost, a, b, row_offsets, column_offsets, *rest):
-    if family == "ragged":
-        return _BACKWARD[family](cost, a, b, row_offsets, column_offsets, a.shape[0], b.shape[0], *rest)
-    return _BACKWARD[family](cost, a, b, *rest)
+        return _Sinkhorn.apply(*distinct(cost, a, b, initial_f, initial_g), family, *options, gradient)[:6]
+    return _FORWARD[family](cost, a, b, initial_f, initial_g, *options, 0)[:6]
 
 
 @keep_signature
 class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(
-        cost, a, b, row_offsets, column_offsets, initial_f, initial_g,
+        cost, a, b, initial_f, initial_g,
         family, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, gradient,
     ):  # fmt: skip
-        return _forward(
-            family, cost, a, b, row_offsets, column_offsets, initial_f, initial_g,
+        return _FORWARD[family](
+            cost, a, b, initial_f, initial_g,
             epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, KEEP[gradient],
         )  # fmt: skip
 
@@ -78,8 +60,8 @@ class _Sinkhorn(torch.autograd.Function):
         *_, marginal_error, num_iters, history = output
         ctx.mark_non_differentiable(marginal_error, num_iters, history)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:7], history)
-        ctx.family, epsilon, iterations, _, _, *penalties_and_order, ctx.gradient = inputs[7:]
+        ctx.save_for_backward(*inputs[:5], history)
+        ctx.family, epsilon, iterations, _, _, *penalties_and_order, ctx.gradient = inputs[5:]
         ctx.options = (epsilon, iterations, *penalties_and_order)
 
     @staticmethod
@@ -87,19 +69,19 @@ class _Sinkhorn(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         grads = covered_only(grads[:4], ctx.gradient)
         if all(grad is None for grad in grads):
-            return (None,) * 16
+            return (None,) * 14
         arguments = (*ctx.saved_tensors, *grads, *ctx.options, ctx.gradient, *needs)
         if transformed():
             results = _SinkhornBackward.apply(ctx.family, *arguments)
         else:
-            results = _backward(ctx.family, *arguments)
-        return *(result if need else None for result, need in zip(results, needs, strict=True)), *(None,) * 13
+            results = _BACKWARD[ctx.family](*arguments)
+        return *(result if need else None for result, need in zip(results, needs, strict=True)), *(None,) * 11
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        if arguments[7] == "dense":
-            tensors = _all_mapped(info, in_dims, arguments, range(7))
-            return _Sinkhorn.apply(*tensors, *arguments[7:]), (0,) * 7
+        if arguments[5] == "dense":
+            tensors = _all_mapped(info, in_dims, arguments, range(5))
+            return _Sinkhorn.apply(*tensors, *arguments[5:]), (0,) * 7
         runs = [_Sinkhorn.apply(*one) for one in each_mapped(info, in_dims, arguments)]
         return tuple(torch.stack(outputs) for outputs in zip(*runs, strict=True)), (0,) * 7
 
@@ -108,12 +90,12 @@ class _Sinkhorn(torch.autograd.Function):
 class _SinkhornBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        family, cost, a, b, row_offsets, column_offsets, initial_f, initial_g, history,
+        family, cost, a, b, initial_f, initial_g, history,
         grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
         epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
     ):  # fmt: skip
-        return _backward(
-            family, cost, a, b, row_offsets, column_offsets, initial_f, initial_g, history,
+        return _BACKWARD[family](
+            cost, a, b, initial_f, initial_g, history,
             grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
             epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
         )  # fmt: skip
@@ -131,8 +113,8 @@ class _SinkhornBackward(torch.autograd.Function):
         needs = arguments[-3:]
         out_dims = tuple(0 if need else None for need in needs)
         if arguments[0] == "dense":
-            tensors = _all_mapped(info, in_dims, arguments, range(1, 13))
-            return _SinkhornBackward.apply("dense", *tensors, *arguments[13:]), out_dims
+            tensors = _all_mapped(info, in_dims, arguments, range(1, 11))
+            return _SinkhornBackward.apply("dense", *tensors, *arguments[11:]), out_dims
         runs = [_SinkhornBackward.apply(*one) for one in each_mapped(info, in_dims, arguments)]
         grads = zip(*runs, strict=True)
         return tuple(torch.stack(g) if need else g[0] for g, need in zip(grads, needs, strict=True)), out_dims

@@ -11,8 +11,6 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import resolve
 from .._values import values_readable
-from . import _sinkhorn_function as compiled
-from ._cost_matrix_ragged import cost_matrix_ragged
 from ._ragged import check_last, check_offsets, check_packed_masses, number_of_entries, packed_indices
 from ._sinkhorn_options import (
     check_constant,
@@ -105,13 +103,11 @@ def sinkhorn_ragged(
         a, b = a.float(), b.float()
         points, cost = points and tuple(x.float() for x in points), cost if points else cost.float()
     initial = check_initial_potentials(initial_potentials, (), rows, columns, a)
-    by_reference = resolve("sinkhorn_ragged", operand.device, backend) == "reference"
+    resolve("sinkhorn_ragged", operand.device, backend)
     if points:
-        cost = _packed_costs(*points, **offsets, metric=metric, by_reference=by_reference)
+        cost = reference.cost_matrix_ragged(*points, **offsets, metric=metric)
 
     def solve(cost, a, b, f, g, options, gradient):
-        if not by_reference:
-            return compiled.solve("ragged", cost, a, b, f, g, options, gradient, **offsets)
         keywords = {"gradient": gradient, "initial_potentials": (f, g), **offsets, **options.for_reference()}
         return reference.sinkhorn_ragged(cost, a, b, **keywords)
 
@@ -221,12 +217,3 @@ def _masses(name: str, weights: Tensor | None, size: int, offsets: Tensor, opera
     if gradient == "detach":
         check_constant(name, weights)
     return weights
-
-
-def _packed_costs(
-    x: Tensor, y: Tensor, row_offsets: Tensor, column_offsets: Tensor, metric: str, by_reference: bool
-) -> Tensor:
-    if by_reference:
-        return reference.cost_matrix_ragged(x, y, row_offsets=row_offsets, column_offsets=column_offsets, metric=metric)
-    entries = number_of_entries(row_offsets, column_offsets)
-    return cost_matrix_ragged(x, y, row_offsets, column_offsets, entries, metric)
