@@ -14,7 +14,7 @@ import threading
 
 import torch
 
-from . import _native
+from . import _native, _triton
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 OPS = (
@@ -30,8 +30,12 @@ OPS = (
     "feature_moments",
 )
 
-# ops whose public functions use no compiled kernel yet
-REFERENCE_ONLY = ("sinkhorn_ragged", "polar", "sqrtm", "gaussian_wasserstein", "feature_moments")
+# ops that have kernels and a public function that uses them, by backend; the reference has all
+KERNELS = {
+    "cpu": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkhorn_points", "sinkd"),
+    "cuda": (),
+    "triton": (),
+}
 
 _VARIABLE = "OTKD_FAST_BACKEND"
 _DEFAULT = os.environ.get(_VARIABLE) or "auto"
@@ -48,18 +52,22 @@ _mirror = _Mirror()
 
 # order of preference of 'auto', by device type; other devices have the reference only
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_DEVICE_OF = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+_DEVICES_OF = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if _triton.INTERPRETED else ("cuda",)}
 
 
 def _installed(op: str, name: str) -> str | None:
     """None if backend `name` has a kernel of `op` in this installation, else why not."""
     if name == "reference":
         return None
-    if name != "cpu":
+    if op not in KERNELS[name]:
         return f"its {op} kernels are not written yet"
-    if op in REFERENCE_ONLY:
-        return f"{op} runs on the reference only, so far"
-    return None if _native.module is not None else _native.reason or "the native module is not there"
+    if name == "triton":
+        return _triton.reason
+    if _native.module is None:
+        return _native.reason or "the native module is not there"
+    if name == "cuda" and not _native.module.build_info()["cuda"]:
+        return "the native module was built without CUDA"
+    return None
 
 
 _INSTALLED = {op: {name: _installed(op, name) for name in NAMES[1:]} for op in OPS}
@@ -67,10 +75,10 @@ _INSTALLED = {op: {name: _installed(op, name) for name in NAMES[1:]} for op in O
 
 def _reason(op: str, name: str, device_type: str) -> str | None:
     """None if backend `name` runs `op` on tensors of this device type, else why not."""
-    wanted = _DEVICE_OF.get(name, device_type)
-    if _INSTALLED[op][name] is not None or wanted == device_type:
+    wanted = _DEVICES_OF.get(name, (device_type,))
+    if _INSTALLED[op][name] is not None or device_type in wanted:
         return _INSTALLED[op][name]
-    return f"it runs on {wanted} tensors, got tensors on {device_type}"
+    return f"it runs on {wanted[0]} tensors, got tensors on {device_type}"
 
 
 def _choices() -> dict[tuple[str, str, str], str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops as _registered  # noqa: F401  registers torch.ops.otkd_fast.*
 from .._guards import refuse_gradient, uncovered_message
+from ..ops._library import operators
 from ._autograd import (
     distinct,
     each_mapped,
@@ -18,14 +18,14 @@ from ._autograd import (
 )
 from ._sinkhorn_options import COVERED, KEEP, OUTPUTS, Options
 
-_ops = torch.ops.otkd_fast
 _NAMES = {"dense": "sinkhorn", "shared": "sinkhorn_shared"}
-_FORWARD = {"dense": _ops.sinkhorn_fwd.default, "shared": _ops.sinkhorn_shared_fwd.default}
-_BACKWARD = {"dense": _ops.sinkhorn_bwd.default, "shared": _ops.sinkhorn_shared_bwd.default}
+_FORWARD = {family: operators(f"{name}_fwd") for family, name in _NAMES.items()}
+_BACKWARD = {family: operators(f"{name}_bwd") for family, name in _NAMES.items()}
 
 
 def solve(
     family: str,
+    backend: str,
     cost: Tensor,
     a: Tensor | None,
     b: Tensor | None,
@@ -34,13 +34,13 @@ def solve(
     options: Options,
     gradient: str,
 ) -> tuple[Tensor, ...]:
-    """transport_cost, regularized_cost, f, g, marginal_error, num_iters of the compiled op of `family`.
+    """transport_cost, regularized_cost, f, g, marginal_error, num_iters of the compiled op of `family` and `backend`.
 
     'dense': cost (..., n, m), a (..., n), b (..., m); 'shared': cost (n, m), a (B, n), b (B, m), one of them not None.
     """
     if needs_function(cost, a, b):
-        return _Sinkhorn.apply(*distinct(cost, a, b, initial_f, initial_g), family, *options, gradient)[:6]
-    return _FORWARD[family](cost, a, b, initial_f, initial_g, *options, 0)[:6]
+        return _Sinkhorn.apply(*distinct(cost, a, b, initial_f, initial_g), family, backend, *options, gradient)[:6]
+    return _FORWARD[family][backend](cost, a, b, initial_f, initial_g, *options, 0)[:6]
 
 
 @keep_signature
@@ -48,9 +48,9 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(
         cost, a, b, initial_f, initial_g,
-        family, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, gradient,
+        family, backend, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, gradient,
     ):  # fmt: skip
-        return _FORWARD[family](
+        return _FORWARD[family][backend](
             cost, a, b, initial_f, initial_g,
             epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, KEEP[gradient],
         )  # fmt: skip
@@ -61,7 +61,7 @@ class _Sinkhorn(torch.autograd.Function):
         ctx.mark_non_differentiable(marginal_error, num_iters, history)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:5], history)
-        ctx.family, epsilon, iterations, _, _, *penalties_and_order, ctx.gradient = inputs[5:]
+        ctx.family, ctx.backend, epsilon, iterations, _, _, *penalties_and_order, ctx.gradient = inputs[5:]
         ctx.options = (epsilon, iterations, *penalties_and_order)
 
     @staticmethod
@@ -69,13 +69,13 @@ class _Sinkhorn(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         grads = covered_only(grads[:4], ctx.gradient)
         if all(grad is None for grad in grads):
-            return (None,) * 14
+            return (None,) * 15
         arguments = (*ctx.saved_tensors, *grads, *ctx.options, ctx.gradient, *needs)
         if transformed():
-            results = _SinkhornBackward.apply(ctx.family, *arguments)
+            results = _SinkhornBackward.apply(ctx.family, ctx.backend, *arguments)
         else:
-            results = _BACKWARD[ctx.family](*arguments)
-        return *(result if need else None for result, need in zip(results, needs, strict=True)), *(None,) * 11
+            results = _BACKWARD[ctx.family][ctx.backend](*arguments)
+        return *(result if need else None for result, need in zip(results, needs, strict=True)), *(None,) * 12
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -90,11 +90,11 @@ class _Sinkhorn(torch.autograd.Function):
 class _SinkhornBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        family, cost, a, b, initial_f, initial_g, history,
+        family, backend, cost, a, b, initial_f, initial_g, history,
         grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
         epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
     ):  # fmt: skip
-        return _BACKWARD[family](
+        return _BACKWARD[family][backend](
             cost, a, b, initial_f, initial_g, history,
             grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
             epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
@@ -113,8 +113,8 @@ class _SinkhornBackward(torch.autograd.Function):
         needs = arguments[-3:]
         out_dims = tuple(0 if need else None for need in needs)
         if arguments[0] == "dense":
-            tensors = _all_mapped(info, in_dims, arguments, range(1, 11))
-            return _SinkhornBackward.apply("dense", *tensors, *arguments[11:]), out_dims
+            tensors = _all_mapped(info, in_dims, arguments, range(2, 12))
+            return _SinkhornBackward.apply(*arguments[:2], *tensors, *arguments[12:]), out_dims
         runs = [_SinkhornBackward.apply(*one) for one in each_mapped(info, in_dims, arguments)]
         grads = zip(*runs, strict=True)
         return tuple(torch.stack(g) if need else g[0] for g, need in zip(grads, needs, strict=True)), out_dims

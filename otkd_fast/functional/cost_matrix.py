@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .. import reference
 from .._dispatch import resolve
+from ..ops._library import operators
 from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, to_front, transformed
 from ._validate import HALF_DTYPES, check_choice, check_same_kind, check_tensor, positive_float
 
 METRICS = ("l1", "l2", "sqeuclidean", "cosine")
 
-_forward = torch.ops.otkd_fast.cost_matrix_fwd.default
-_backward = torch.ops.otkd_fast.cost_matrix_bwd.default
+_FORWARD = operators("cost_matrix_fwd")
+_BACKWARD = operators("cost_matrix_bwd")
 
 
 def cost_matrix(
@@ -66,12 +66,13 @@ def cost_matrix(
     dtype = x.dtype
     if dtype in HALF_DTYPES:
         x, y = x.float(), y.float()
-    if resolve("cost_matrix", x.device, backend) == "reference":
+    backend = resolve("cost_matrix", x.device, backend)
+    if backend == "reference":
         cost = reference.cost_matrix(x, y, metric=metric, softmax_temperature=softmax_temperature)
     elif needs_function(x, y):
-        cost = _CostMatrix.apply(*distinct(x, y), metric, temperature)
+        cost = _CostMatrix.apply(*distinct(x, y), metric, temperature, backend)
     else:
-        cost = _forward(x, y, metric, temperature, temperature)
+        cost = _FORWARD[backend](x, y, metric, temperature, temperature)
     return cost if cost.dtype == dtype else cost.to(dtype)
 
 
@@ -96,12 +97,12 @@ def check_rows(x: Tensor, y: Tensor, metric: str, softmax_temperature: float | N
 @keep_signature
 class _CostMatrix(torch.autograd.Function):
     @staticmethod
-    def forward(x, y, metric, temperature):
-        return _forward(x, y, metric, temperature, temperature)
+    def forward(x, y, metric, temperature, backend):
+        return _FORWARD[backend](x, y, metric, temperature, temperature)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, ctx.metric, ctx.temperature = inputs
+        x, y, ctx.metric, ctx.temperature, ctx.backend = inputs
         ctx.save_for_backward(x, y, output)
 
     @staticmethod
@@ -109,27 +110,29 @@ class _CostMatrix(torch.autograd.Function):
         need_x, need_y = ctx.needs_input_grad[:2]
         x, y, cost = ctx.saved_tensors
         if transformed():
-            grads = _CostMatrixBackward.apply(x, y, cost, grad, ctx.metric, ctx.temperature, need_x, need_y)
+            options = (ctx.metric, ctx.temperature, need_x, need_y, ctx.backend)
+            grads = _CostMatrixBackward.apply(x, y, cost, grad, *options)
         else:
-            grads = _backward(x, y, cost, grad, ctx.metric, ctx.temperature, ctx.temperature, need_x, need_y)
-        return grads[0] if need_x else None, grads[1] if need_y else None, None, None
+            options = (ctx.metric, ctx.temperature, ctx.temperature, need_x, need_y)
+            grads = _BACKWARD[ctx.backend](x, y, cost, grad, *options)
+        return grads[0] if need_x else None, grads[1] if need_y else None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, x, y, metric, temperature):
+    def vmap(info, in_dims, x, y, *options):
         batch = _batch_axes(in_dims, x, y)
         # a plain (n, d) operand that is not mapped stays shared by the whole batch
         x, y = (
             rows if dim is None and rows.dim() == 2 else _repeat(rows, dim, info.batch_size, batch)
             for rows, dim in zip((x, y), in_dims[:2], strict=True)
         )
-        return _CostMatrix.apply(x, y, metric, temperature), 0
+        return _CostMatrix.apply(x, y, *options), 0
 
 
 @keep_signature
 class _CostMatrixBackward(torch.autograd.Function):
     @staticmethod
-    def forward(x, y, cost, grad, metric, temperature, need_x, need_y):
-        return _backward(x, y, cost, grad, metric, temperature, temperature, need_x, need_y)
+    def forward(x, y, cost, grad, metric, temperature, need_x, need_y, backend):
+        return _BACKWARD[backend](x, y, cost, grad, metric, temperature, temperature, need_x, need_y)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -140,7 +143,7 @@ class _CostMatrixBackward(torch.autograd.Function):
         raise no_second_derivative("cost_matrix")
 
     @staticmethod
-    def vmap(info, in_dims, x, y, cost, grad, metric, temperature, need_x, need_y):
+    def vmap(info, in_dims, x, y, cost, grad, metric, temperature, need_x, need_y, backend):
         x_dim, y_dim, cost_dim, grad_dim = in_dims[:4]
         batch = _batch_axes(in_dims, x, y)
         sum_x, sum_y = (
@@ -149,7 +152,8 @@ class _CostMatrixBackward(torch.autograd.Function):
         )
         x, y = _repeat(x, x_dim, info.batch_size, batch), _repeat(y, y_dim, info.batch_size, batch)
         cost, grad = mapped(cost, cost_dim, info.batch_size), mapped(grad, grad_dim, info.batch_size)
-        grad_x, grad_y = _CostMatrixBackward.apply(x, y, cost, grad, metric, temperature, need_x, need_y)
+        options = (metric, temperature, need_x, need_y, backend)
+        grad_x, grad_y = _CostMatrixBackward.apply(x, y, cost, grad, *options)
         # an operand without batch axes, shared by the batch inside, gets the sum over it
         axes = tuple(range(1, 1 + len(batch)))
         grads = (grad_x.sum(axes) if sum_x else grad_x, grad_y.sum(axes) if sum_y else grad_y)

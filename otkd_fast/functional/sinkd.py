@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .._dispatch import resolve
+from ..ops._library import operators
 from ..reference.sinkd import sinkd_transport_cost as _reference
 from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
 
 __all__ = ["sinkd_transport_cost"]
 
-_value_and_grad = torch.ops.otkd_fast.sinkd_value_and_grad.default
+_VALUE_AND_GRAD = operators("sinkd_value_and_grad")
 
 
 def sinkd_transport_cost(
@@ -35,7 +35,8 @@ def sinkd_transport_cost(
     weights_columns (*B, m): masses >= 0 or None (uniform); no gradient goes to them. Gradients are those of the
     unrolled iterations. The callers in otkd_fast.losses have validated the arguments: nothing is checked here.
     """
-    if resolve("sinkd", rows.device, backend) == "reference":
+    backend = resolve("sinkd", rows.device, backend)
+    if backend == "reference":
         cost = _reference(
             rows,
             columns,
@@ -49,33 +50,34 @@ def sinkd_transport_cost(
         return cost if scale == 1.0 else cost * scale
     parameters = (temperature_rows, temperature_columns, epsilon, num_iters, scale)
     if not needs_function(rows, columns):
-        return _value_and_grad(rows, columns, weights_rows, weights_columns, *parameters, False, False)[0]
+        return _VALUE_AND_GRAD[backend](rows, columns, weights_rows, weights_columns, *parameters, False, False)[0]
     # Under a transform, requires_grad says nothing about outer levels: both gradients are made.
     unknown = torch._C._are_functorch_transforms_active()
     needs = unknown or rows.requires_grad, unknown or columns.requires_grad
     if unknown or torch.compiler.is_compiling():
-        return _SinKD.apply(*distinct(rows, columns, weights_rows, weights_columns), *parameters, *needs)[0]
-    return _SinKDEager.apply(rows, columns, weights_rows, weights_columns, (*parameters, *needs))
+        return _SinKD.apply(*distinct(rows, columns, weights_rows, weights_columns), *parameters, *needs, backend)[0]
+    return _SinKDEager.apply(rows, columns, weights_rows, weights_columns, (*parameters, *needs), backend)
 
 
 class _SinKDEager(torch.autograd.Function):
     """_SinKD without what compilers and transforms need: its gradients are no outputs (8 us less a step)."""
 
     @staticmethod
-    def forward(ctx, rows, columns, weights_rows, weights_columns, parameters):
-        value, grad_rows, grad_columns = _value_and_grad(rows, columns, weights_rows, weights_columns, *parameters)
+    def forward(ctx, rows, columns, weights_rows, weights_columns, parameters, backend):
+        op = _VALUE_AND_GRAD[backend]
+        value, grad_rows, grad_columns = op(rows, columns, weights_rows, weights_columns, *parameters)
         ctx.save_for_backward(rows, columns, grad_rows, grad_columns)
         return value
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            return *_gradients(ctx, grad), None, None, None
+            return *_gradients(ctx, grad), *(None,) * 4
         _, _, grad_rows, grad_columns = ctx.saved_tensors
         need_rows, need_columns, *_ = ctx.needs_input_grad
         factor = grad[..., None, None] if grad.dim() else grad
         grad_rows = grad_rows * factor if need_rows else None
-        return grad_rows, grad_columns * factor if need_columns else None, None, None, None
+        return grad_rows, grad_columns * factor if need_columns else None, *(None,) * 4
 
 
 @keep_signature
@@ -95,8 +97,9 @@ class _SinKD(torch.autograd.Function):
         scale,
         need_rows,
         need_columns,
+        backend,
     ):
-        return _value_and_grad(
+        return _VALUE_AND_GRAD[backend](
             rows,
             columns,
             weights_rows,
@@ -121,13 +124,13 @@ class _SinKD(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _grad_rows, _grad_columns):
         if grad is None:
-            return (None,) * 11
-        return *_gradients(ctx, grad), *(None,) * 9
+            return (None,) * 12
+        return *_gradients(ctx, grad), *(None,) * 10
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
         front = _all_mapped(info, in_dims, arguments, 4)
-        need_rows, need_columns = arguments[-2:]
+        need_rows, need_columns = arguments[-3:-1]
         # A gradient that is not needed is an empty tensor without a mapped axis.
         return _SinKD.apply(*front, *arguments[4:]), (0, 0 if need_rows else None, 0 if need_columns else None)
 

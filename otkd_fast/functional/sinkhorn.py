@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -116,26 +117,30 @@ def sinkhorn(
     initial = check_initial_potentials(initial_potentials, batch, *cost.shape[-2:], cost)
     shared = len(batch) + 2 > cost.dim()
     op = "sinkhorn_shared" if shared else "sinkhorn"
-    solve = _reference if resolve(op, cost.device, backend) == "reference" else _shared if shared else _dense
+    backend = resolve(op, cost.device, backend)
+    if backend == "reference":
+        solve = _reference
+    else:
+        solve = partial(_shared if shared else _dense, backend)
     if epsilon_schedule is not None:
         initial = _after_schedule(epsilon_schedule, options, cost, a, b, initial, solve)
     outputs = solve(cost, a, b, *initial, options, gradient)
     return SinkhornResult(*outputs, (cost,), options.epsilon)
 
 
-def _dense(cost, a, b, f, g, options, gradient):
-    return compiled.solve("dense", cost, a, b, f, g, options, gradient)
+def _dense(backend, cost, a, b, f, g, options, gradient):
+    return compiled.solve("dense", backend, cost, a, b, f, g, options, gradient)
 
 
-def _shared(cost, a, b, f, g, options, gradient):
+def _shared(backend, cost, a, b, f, g, options, gradient):
     """The op takes one batch axis, and does not differentiate implicitly: that is done on the expanded cost."""
     batch = (b if a is None else a).shape[:-1]
     if gradient == "implicit":
-        return _dense(cost.expand(*batch, *cost.shape), a, b, f, g, options, gradient)
+        return _dense(backend, cost.expand(*batch, *cost.shape), a, b, f, g, options, gradient)
     if len(batch) == 1:
-        return compiled.solve("shared", cost, a, b, f, g, options, gradient)
+        return compiled.solve("shared", backend, cost, a, b, f, g, options, gradient)
     a, b, f, g = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (a, b, f, g))
-    outputs = compiled.solve("shared", cost, a, b, f, g, options, gradient)
+    outputs = compiled.solve("shared", backend, cost, a, b, f, g, options, gradient)
     return tuple(output.reshape(batch + output.shape[1:]) for output in outputs)
 
 

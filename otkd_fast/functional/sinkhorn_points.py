@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def sinkhorn_points(
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
     stored = n * m <= MOST_STORED if storage == "auto" else storage == "stored"
     backend = resolve("sinkhorn_points", x.device, backend)
-    solve = _reference if backend == "reference" else compiled.solve
+    solve = _reference if backend == "reference" else partial(compiled.solve, backend)
     if epsilon_schedule is not None:
         constants = [None if tensor is None else tensor.detach() for tensor in (x, y, a, b)]
         initial = follow_schedule(
@@ -151,7 +152,8 @@ class PointsSinkhornResult(SinkhornResult):
         v, vector = self._applied(v, transpose)
         x, y = self._operands
         if self._backend != "reference":
-            applied = compiled.plan_apply(x, y, self.f, self.g, v, self._metric, self._epsilon, transpose)
+            operands = (x, y, self.f, self.g, v)
+            applied = compiled.plan_apply(self._backend, *operands, self._metric, self._epsilon, transpose)
         else:
             x, y, f, g = (y, x, self.g, self.f) if transpose else (x, y, self.f, self.g)
             with torch.autocast(v.device.type, enabled=False):

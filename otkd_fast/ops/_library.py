@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
+from .. import _triton
 from .._native import module as native
 
 LIBRARY = torch.library.Library("otkd_fast", "DEF")
@@ -15,13 +17,56 @@ _KEPT_WORKSPACE_BYTES = 64 << 20  # a larger workspace is given back after the c
 _kept = threading.local()
 
 
-def register(schema: str, fake: Callable, cpu: Callable) -> None:
-    """Define ``otkd_fast::<schema>`` with its fake and, where the native module was built, its CPU implementation."""
+def register(
+    schema: str,
+    fake: Callable,
+    cpu: Callable,
+    *,
+    cuda: Callable | None = None,
+    triton: str | None = None,
+    triton_fake: Callable | None = None,
+) -> None:
+    """Define ``otkd_fast::<schema>`` with its fake and, where the native module was built, its implementations.
+
+    `triton` names the function that serves the twin op ``<name>_triton``, as "module:function" of
+    otkd_fast.triton_kernels: same schema, imported at the first call. `triton_fake`: the twin's fake where it allocates
+    otherwise. Under Triton's interpreter the twin serves CPU tensors, too.
+    """
     name = schema.split("(", 1)[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"otkd_fast::{name}", fake, lib=LIBRARY)
+    _define(schema, fake)
     if native is not None:
         LIBRARY.impl(name, cpu, "CPU")
+        if cuda is not None:
+            LIBRARY.impl(name, cuda, "CUDA")
+    if triton is not None:
+        _define(schema.replace(name, f"{name}_triton", 1), triton_fake or fake)
+        for key in ("CUDA", "CPU") if _triton.INTERPRETED else ("CUDA",):
+            LIBRARY.impl(f"{name}_triton", _lazy(triton), key)
+
+
+def _define(schema: str, fake: Callable) -> None:
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"otkd_fast::{schema.split('(', 1)[0]}", fake, lib=LIBRARY)
+
+
+def _lazy(place: str) -> Callable:
+    """The function at "module:function" of otkd_fast.triton_kernels, which needs Triton only when it is called."""
+    module, _, function = place.partition(":")
+    found: list[Callable] = []
+
+    def call(*arguments):
+        if not found:
+            found.append(getattr(importlib.import_module(f"otkd_fast.triton_kernels.{module}"), function))
+        return found[0](*arguments)
+
+    return call
+
+
+def operators(name: str) -> dict[str, torch._ops.OpOverload]:
+    """Backend -> op of the compiled backends that `name` is defined for. cpu and cuda share it, by dispatch key."""
+    op = getattr(torch.ops.otkd_fast, name).default
+    twin = getattr(torch.ops.otkd_fast, f"{name}_triton", None)
+    return {"cpu": op, "cuda": op} | ({} if twin is None else {"triton": twin.default})
 
 
 def dtype_code(tensor: torch.Tensor) -> int:

@@ -97,14 +97,16 @@ def test_other_threads_and_tasks_are_not_touched():
 
 @pytest.mark.parametrize("op", _dispatch.OPS)
 def test_resolve(op):
-    compiled = NATIVE and op not in _dispatch.REFERENCE_ONLY
+    compiled = NATIVE and op in _dispatch.KERNELS["cpu"]
     assert _dispatch.resolve(op, CPU) == ("cpu" if compiled else "reference")
     assert _dispatch.resolve(op, CPU, "reference") == "reference"
-    assert _dispatch.resolve(op, CUDA) == "reference"  # until its kernels are written
+    gpu = [name for name in ("cuda", "triton") if _dispatch.availability()[op][name] is None]
+    assert _dispatch.resolve(op, CUDA) == (*gpu, "reference")[0]
     assert _dispatch.resolve(op, torch.device("meta")) == "reference"
     for name in ("cuda", "triton"):
-        with pytest.raises(RuntimeError, match=f"'{name}' is not available for {op}: .*not written"):
-            _dispatch.resolve(op, CPU, name)
+        if op not in _dispatch.KERNELS[name]:
+            with pytest.raises(RuntimeError, match=f"'{name}' is not available for {op}: .*not written"):
+                _dispatch.resolve(op, CPU, name)
     reason = ".*cpu tensors.*cuda" if compiled else ""
     with pytest.raises(RuntimeError, match=f"'cpu' is not available for {op}: {reason}"):
         _dispatch.resolve(op, CUDA, "cpu")
