@@ -1,5 +1,7 @@
 """Distillation losses: one module class and one function a method."""
 
+from .schedules import cosine_decay, stage_share
 from .sinkd import SinKD, sinkd
+from .wkd_logit import WKDLogit, wkd_logit
 
-__all__ = ["SinKD", "sinkd"]
+__all__ = ["SinKD", "WKDLogit", "cosine_decay", "sinkd", "stage_share", "wkd_logit"]
