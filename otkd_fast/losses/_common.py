@@ -76,7 +76,9 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...], student: Tensor, nam
     check_device("mask", mask, name, student)
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...], student: Tensor, name: str = "labels") -> None:
+def check_labels(
+    labels: Tensor, shape: tuple[int, ...], student: Tensor, name: str = "labels", other_name: str = "student"
+) -> None:
     """An integer tensor of this shape on the device of `student`; its values are for :func:`kept_rows`."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: expected an integer tensor, got {type(labels).__name__}")
@@ -84,7 +86,7 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], student: Tensor, name: 
         raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
     if labels.shape != torch.Size(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(labels.shape)}")
-    check_device(name, labels, "student", student)
+    check_device(name, labels, other_name, student)
 
 
 def kept_rows(
