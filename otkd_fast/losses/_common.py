@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._values import values_readable
-from ..functional._validate import check_choice, check_tensor
+from ..functional._validate import check_choice, check_tensor, not_negative_float
 
 REDUCTIONS = ("none", "mean", "batchmean", "sum")
 IGNORE_INDEX = -100  # as in torch.nn.functional.cross_entropy
@@ -41,6 +41,22 @@ def check_reduction(reduction: str, known: tuple[str, ...] = REDUCTIONS) -> str:
     """`reduction` is one of the `known` words."""
     check_choice("reduction", reduction, known)
     return reduction
+
+
+def check_ignore_index(ignore_index: int) -> int:
+    """An int."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    return ignore_index
+
+
+def check_weight(name: str, value: float | Tensor) -> float | Tensor:
+    """A finite number >= 0, or a tensor of one element, as 0-dim."""
+    if not isinstance(value, Tensor):
+        return not_negative_float(name, value)
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)} of {value.dtype}")
+    return value.reshape(())
 
 
 def check_pair(student: Tensor, teacher: Tensor, min_dim: int, axes: str, names=("student", "teacher")) -> None:
@@ -183,7 +199,7 @@ def reduce_rows(
     """Losses of rows to the loss.
 
     Args:
-        values: (*rows), at least one axis.
+        values: (*rows).
         mask: bool (*rows), the rows that count; None: all.
         reduction: "none": (*rows), 0 for rows left out. "sum": over the rows that count. "mean": the sum divided by
             their number. "batchmean": the sum divided by the size of the first axis, whatever the mask.
@@ -209,7 +225,7 @@ def divide(
     if num_items_in_batch is not None:
         number = num_items_in_batch
     elif reduction == "batchmean":
-        number = rows[0]
+        number = rows[0] if rows else 1
     else:
         number = torch.Size(rows).numel() if mask is None else mask.sum()
     if isinstance(number, Tensor):
