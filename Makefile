@@ -46,8 +46,9 @@ wheel: ## a wheel for others in dist/: make wheel CUDA=cpu, or CUDA=13.0 [ARCHS=
 	@rm -rf build/wheel && mkdir -p build/wheel dist
 	@echo "== building for CUDA: $(CUDA), by $$($(PYTHON) --version)"
 	@OTKD_FAST_CUDA=$(if $(filter cpu,$(CUDA)),off,$(CUDA)) OTKD_FAST_CUDA_ARCHS='$(ARCHS)' \
-		$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps -w build/wheel . || { \
-		echo "make wheel: the build for CUDA=$(CUDA) failed, see above" >&2; exit 2; }
+		$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps -w build/wheel . > build/wheel.log 2>&1 || { \
+		grep -E -A1 '^ *(OTKD_FAST|otkd_fast)|from versions|error:' build/wheel.log | grep -v subprocess >&2; \
+		echo "make wheel: the build for CUDA=$(CUDA) failed; all messages: build/wheel.log" >&2; exit 2; }
 	@PATH="$$PWD/build/wheel-tools/bin:$$PATH" auditwheel repair -w dist build/wheel/*.whl
 	@ls -l dist
 
