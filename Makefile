@@ -64,7 +64,7 @@ clean: ## remove the environment, build folders, caches and out/
 
 $(VENV)/.venv:
 	@echo "== creating $(VENV) with $(PYTHON)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "otkd_fast needs Python 3.11 or newer: make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "otkd_fast needs Python 3.10 or newer: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
