@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kerne
 # a Python started here must see the installed package, not the folder otkd_fast/ beside this file
 export PYTHONSAFEPATH = 1
 
-.PHONY: help test demo bench wheel lint info clean
+.PHONY: help test demo bench docs wheel lint info clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -33,8 +33,12 @@ demo: $(VENV)/.demo ## distill a student on handwritten digits; table, plot and 
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
 bench: $(VENV)/.demo ## time the kernels against POT, geomloss and PyTorch; bench/results/cpu.json and tables
-	PYTHONPATH=. $(BIN)/python -m bench.run $(ARGS)
-	PYTHONPATH=. $(BIN)/python -m bench.report
+	PYTHONPATH=. $(BIN)/python -m bench run $(ARGS)
+	PYTHONPATH=. $(BIN)/python -m bench report
+
+docs: $(VENV)/.docs ## the documentation as a site in build/docs; warnings are errors
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 wheel: ## a wheel for others in dist/: make wheel CUDA=cpu, or CUDA=13.0 [ARCHS="80;90"] [PYTHON=python3.12] (docs/wheels.md)
 	@echo '$(CUDA)' | grep -Eqx 'cpu|[0-9]+\.[0-9]+' || { \
@@ -87,6 +91,11 @@ $(VENV)/.test: $(VENV)/.package
 $(VENV)/.demo: $(VENV)/.package
 	@echo "== installing what the examples and benchmarks need"
 	@$(PIP) 'otkd_fast[examples,bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	@echo "== installing what the documentation needs"
+	@$(PIP) 'otkd_fast[docs]'
 	@touch $@
 
 $(VENV)/.ruff: $(VENV)/.venv Makefile
