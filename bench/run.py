@@ -61,7 +61,7 @@ def machine() -> dict:
 
 def make_report(measured: list[dict], memory_rows: list[dict] | None = None) -> dict:
     """What goes into the JSON file: the measured cases with date, dtype and machine."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {
         "created": now,
         "dtype": "float32",
