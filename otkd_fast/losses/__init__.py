@@ -2,6 +2,7 @@
 
 from .schedules import cosine_decay, stage_share
 from .sinkd import SinKD, sinkd
+from .sinkd_total import sinkd_total
 from .wkd_cost import wkd_cost
 from .wkd_feature import WKDFeature, wkd_feature
 from .wkd_logit import WKDLogit, wkd_logit
@@ -18,6 +19,7 @@ __all__ = [
     "WKLFeature",
     "cosine_decay",
     "sinkd",
+    "sinkd_total",
     "stage_share",
     "wkd_cost",
     "wkd_feature",
