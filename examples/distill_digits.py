@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # bench/ lies beside examples/; appended, so that an installed otkd_fast goes before the folder of the same name.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path += [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 from digits_data import BATCH, Digits, Progress, batches, load, mean_and_error  # noqa: E402
 

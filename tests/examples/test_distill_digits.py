@@ -66,4 +66,5 @@ def test_every_method(tmp_path):
 def test_unknown_method_names_those_that_are_there(tmp_path):
     pytest.importorskip("sklearn")
     result = demo(tmp_path, "--method", "magic")
-    assert result.returncode == 1 and "--method: expected 'all' or some of" in result.stderr and "'WKD-L'" in result.stderr
+    assert result.returncode == 1
+    assert "--method: expected 'all' or some of" in result.stderr and "'WKD-L'" in result.stderr
