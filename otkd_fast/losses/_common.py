@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._dispatch import NAMES
 from .._values import values_readable
 from ..functional._validate import check_choice, check_tensor, not_negative_float
 
@@ -31,9 +32,9 @@ class Loss(nn.Module):
 
 
 def check_backend(backend: str | None) -> str | None:
-    """The name of a backend, or None; whether there is one of that name is found out at the call."""
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str or None, got {type(backend).__name__}")
+    """The name of a backend, or None; whether it is available is found out at the call."""
+    if backend is not None:
+        check_choice("backend", backend, NAMES)
     return backend
 
 
