@@ -1,8 +1,11 @@
 """Distillation losses: one module class and one function a method."""
 
+from .ipot import ipot
+from .kd2m import KD2M, kd2m
 from .schedules import cosine_decay, stage_share
 from .sinkd import SinKD, sinkd
 from .sinkd_total import sinkd_total
+from .wcord import WCoRD, wcord_global, wcord_local
 from .wkd_cost import wkd_cost
 from .wkd_feature import WKDFeature, wkd_feature
 from .wkd_logit import WKDLogit, wkd_logit
@@ -11,16 +14,22 @@ from .wkl_diagnostics import WKLDiagnostics
 from .wkl_feature import WKLFeature, wkl_feature
 
 __all__ = [
+    "KD2M",
     "WKL",
     "SinKD",
+    "WCoRD",
     "WKDFeature",
     "WKDLogit",
     "WKLDiagnostics",
     "WKLFeature",
     "cosine_decay",
+    "ipot",
+    "kd2m",
     "sinkd",
     "sinkd_total",
     "stage_share",
+    "wcord_global",
+    "wcord_local",
     "wkd_cost",
     "wkd_feature",
     "wkd_logit",
