@@ -1,8 +1,11 @@
 """Distillation losses: one module class and one function a method."""
 
+from .divergence import SinkhornDivergenceLoss, sinkhorn_divergence_loss
+from .multi_level_ot import MultiLevelOT, multi_level_ot
 from .schedules import cosine_decay, stage_share
 from .sinkd import SinKD, sinkd
 from .sinkd_total import sinkd_total
+from .uld import UniversalLogitDistillation, universal_logit_distillation
 from .wkd_cost import wkd_cost
 from .wkd_feature import WKDFeature, wkd_feature
 from .wkd_logit import WKDLogit, wkd_logit
@@ -12,15 +15,21 @@ from .wkl_feature import WKLFeature, wkl_feature
 
 __all__ = [
     "WKL",
+    "MultiLevelOT",
     "SinKD",
+    "SinkhornDivergenceLoss",
+    "UniversalLogitDistillation",
     "WKDFeature",
     "WKDLogit",
     "WKLDiagnostics",
     "WKLFeature",
     "cosine_decay",
+    "multi_level_ot",
     "sinkd",
     "sinkd_total",
+    "sinkhorn_divergence_loss",
     "stage_share",
+    "universal_logit_distillation",
     "wkd_cost",
     "wkd_feature",
     "wkd_logit",
