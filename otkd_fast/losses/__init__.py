@@ -5,13 +5,22 @@ from .kd2m import KD2M, kd2m
 from .schedules import cosine_decay, stage_share
 from .sinkd import SinKD, sinkd
 from .wcord import WCoRD, wcord_global, wcord_local
+from .wkd_cost import wkd_cost
+from .wkd_feature import WKDFeature, wkd_feature
 from .wkd_logit import WKDLogit, wkd_logit
+from .wkl import WKL, wkl
+from .wkl_diagnostics import WKLDiagnostics
+from .wkl_feature import WKLFeature, wkl_feature
 
 __all__ = [
     "KD2M",
     "SinKD",
     "WCoRD",
+    "WKDFeature",
     "WKDLogit",
+    "WKL",
+    "WKLDiagnostics",
+    "WKLFeature",
     "cosine_decay",
     "ipot",
     "kd2m",
@@ -19,5 +28,9 @@ __all__ = [
     "stage_share",
     "wcord_global",
     "wcord_local",
+    "wkd_cost",
+    "wkd_feature",
     "wkd_logit",
+    "wkl",
+    "wkl_feature",
 ]

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._dispatch import NAMES
 from .._values import values_readable
-from ..functional._validate import check_choice, check_tensor
+from ..functional._validate import check_choice, check_tensor, not_negative_float
 
 REDUCTIONS = ("none", "mean", "batchmean", "sum")
 IGNORE_INDEX = -100  # as in torch.nn.functional.cross_entropy
@@ -31,9 +32,9 @@ class Loss(nn.Module):
 
 
 def check_backend(backend: str | None) -> str | None:
-    """The name of a backend, or None; whether there is one of that name is found out at the call."""
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str or None, got {type(backend).__name__}")
+    """The name of a backend, or None; whether it is available is found out at the call."""
+    if backend is not None:
+        check_choice("backend", backend, NAMES)
     return backend
 
 
@@ -41,6 +42,22 @@ def check_reduction(reduction: str, known: tuple[str, ...] = REDUCTIONS) -> str:
     """`reduction` is one of the `known` words."""
     check_choice("reduction", reduction, known)
     return reduction
+
+
+def check_ignore_index(ignore_index: int) -> int:
+    """An int."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    return ignore_index
+
+
+def check_weight(name: str, value: float | Tensor) -> float | Tensor:
+    """A finite number >= 0, or a tensor of one element, as 0-dim."""
+    if not isinstance(value, Tensor):
+        return not_negative_float(name, value)
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)} of {value.dtype}")
+    return value.reshape(())
 
 
 def check_pair(student: Tensor, teacher: Tensor, min_dim: int, axes: str, names=("student", "teacher")) -> None:
@@ -76,7 +93,9 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...], student: Tensor, nam
     check_device("mask", mask, name, student)
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...], student: Tensor, name: str = "labels") -> None:
+def check_labels(
+    labels: Tensor, shape: tuple[int, ...], student: Tensor, name: str = "labels", other_name: str = "student"
+) -> None:
     """An integer tensor of this shape on the device of `student`; its values are for :func:`kept_rows`."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: expected an integer tensor, got {type(labels).__name__}")
@@ -84,7 +103,7 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], student: Tensor, name: 
         raise TypeError(f"{name}: expected an integer tensor, got {labels.dtype}")
     if labels.shape != torch.Size(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(labels.shape)}")
-    check_device(name, labels, "student", student)
+    check_device(name, labels, other_name, student)
 
 
 def kept_rows(
@@ -181,7 +200,7 @@ def reduce_rows(
     """Losses of rows to the loss.
 
     Args:
-        values: (*rows), at least one axis.
+        values: (*rows).
         mask: bool (*rows), the rows that count; None: all.
         reduction: "none": (*rows), 0 for rows left out. "sum": over the rows that count. "mean": the sum divided by
             their number. "batchmean": the sum divided by the size of the first axis, whatever the mask.
@@ -207,7 +226,7 @@ def divide(
     if num_items_in_batch is not None:
         number = num_items_in_batch
     elif reduction == "batchmean":
-        number = rows[0]
+        number = rows[0] if rows else 1
     else:
         number = torch.Size(rows).numel() if mask is None else mask.sum()
     if isinstance(number, Tensor):

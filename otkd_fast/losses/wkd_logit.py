@@ -14,11 +14,13 @@ from ._common import (
     Loss,
     at_least_float32,
     check_device,
+    check_ignore_index,
     check_labels,
     check_mask,
     check_num_items,
     check_pair,
     check_reduction,
+    check_weight,
     kept_rows,
     one_hot,
     overwrite,
@@ -185,22 +187,12 @@ class WKDLogit(Loss):
         return _loss(student_logits, teacher_logits, labels, mask, num_items_in_batch, self.cost, options)
 
 
-def check_weight(name: str, value: float | Tensor) -> float | Tensor:
-    """A finite number >= 0, or a tensor of one element, as 0-dim."""
-    if not isinstance(value, Tensor):
-        return not_negative_float(name, value)
-    if value.numel() != 1 or value.is_complex():
-        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)} of {value.dtype}")
-    return value.reshape(())
-
-
 def _options(
     temperature, gamma, epsilon, num_iters, kappa, variant, gradient, reduction, ignore_index, backend
 ) -> _Options:
     """The checked parameters."""
     transport = _wkd.check_transport(temperature, epsilon, num_iters, variant, gradient, backend)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    check_ignore_index(ignore_index)
     return _Options(
         transport.temperature, check_weight("gamma", gamma), transport.epsilon, transport.num_iters,
         not_negative_float("kappa", kappa), variant, gradient, check_reduction(reduction), ignore_index, backend,
@@ -249,8 +241,4 @@ def _loss(student, teacher, labels, mask, num_items_in_batch, cost, options: _Op
     value = _wkd.target_term(rows.student, rows.teacher, rows.target)
     transport = _wkd.transport_term(rows.student, rows.teacher, rows.target, rows.cost, options.transport())
     value = poison(value + options.gamma * transport, rows.wrong).reshape(rows.shape)
-    if value.dim() == 0:  # one sample without a batch axis
-        value, mask = value.reshape(1), None if rows.mask is None else rows.mask.reshape(1)
-        reduced = reduce_rows(value, mask, options.reduction, num_items_in_batch)
-        return reduced.reshape(())
     return reduce_rows(value, rows.mask, options.reduction, num_items_in_batch)

@@ -176,3 +176,49 @@ def test_gamma_of_one_call():
     other = WKDLogit(cost=cases.distances(6), gamma=2.0)
     assert torch.equal(loss(student, teacher, labels, gamma=2.0), other(student, teacher, labels))
     assert torch.equal(loss(student, teacher, labels, gamma=torch.tensor(2.0)), other(student, teacher, labels))
+
+
+S, T, Y = cases.sample(4, 3, dtype=torch.float32)
+COST = torch.rand(3, 3)
+WRONG = {
+    "student no tensor": (([1.0], T, Y), {}, TypeError, "student_logits"),
+    "integer student": ((S.long(), T, Y), {}, TypeError, "student_logits"),
+    "other number of rows": ((S, T[:3], Y), {}, ValueError, "teacher_logits"),
+    "other number of classes": ((S, T[:, :2], Y), {}, ValueError, "teacher_logits"),
+    "teacher elsewhere": ((S, T.to("meta"), Y), {}, ValueError, "teacher_logits"),
+    "one class": ((S[:, :1], T[:, :1], Y * 0), {}, ValueError, "student_logits.*two classes"),
+    "labels elsewhere": ((S, T, Y.to("meta")), {}, ValueError, "labels"),
+    "labels no tensor": ((S, T, [0, 1, 2, 0]), {}, TypeError, "labels"),
+    "no cost": ((S, T, Y), {"cost": None}, TypeError, "cost"),
+    "cost of another size": ((S, T, Y), {"cost": torch.rand(4, 4)}, ValueError, r"cost: expected shape \(3, 3\)"),
+    "cost not square": ((S, T, Y), {"cost": torch.rand(3, 4)}, ValueError, "cost"),
+    "cost of rank 3": ((S, T, Y), {"cost": torch.rand(2, 3, 3)}, ValueError, "cost"),
+    "integer cost": ((S, T, Y), {"cost": torch.ones(3, 3, dtype=torch.long)}, TypeError, "cost"),
+    "cost elsewhere": ((S, T, Y), {"cost": COST.to("meta")}, ValueError, "cost"),
+    "temperature": ((S, T, Y), {"temperature": 0.0}, ValueError, "temperature"),
+    "gamma": ((S, T, Y), {"gamma": -1.0}, ValueError, "gamma"),
+    "epsilon": ((S, T, Y), {"epsilon": 0.0}, ValueError, "epsilon"),
+    "num_iters": ((S, T, Y), {"num_iters": 0}, ValueError, "num_iters"),
+    "kappa": ((S, T, Y), {"kappa": float("nan")}, ValueError, "kappa"),
+    "variant": ((S, T, Y), {"variant": "official"}, ValueError, "variant"),
+    "gradient": ((S, T, Y), {"gradient": "detach", "variant": "paper"}, ValueError, "gradient"),
+    "gradient of the released loop": ((S, T, Y), {"gradient": "implicit"}, ValueError, "gradient.*variant"),
+    "ignore_index": ((S, T, Y), {"ignore_index": None}, TypeError, "ignore_index"),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_wrong_input(case):
+    arguments, options, error, message = WRONG[case]
+    options = {"cost": COST} | options
+    with pytest.raises(error, match=message):
+        wkd_logit(*arguments, **options)
+    with pytest.raises(error, match=message):
+        WKDLogit(**options)(*arguments)
+
+
+def test_wrong_gamma_of_a_call():
+    loss = WKDLogit(cost=COST)
+    for gamma, error in ((-1.0, ValueError), ("1", TypeError), (torch.ones(2), ValueError)):
+        with pytest.raises(error, match="gamma"):
+            loss(S, T, Y, gamma=gamma)
