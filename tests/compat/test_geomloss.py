@@ -3,11 +3,12 @@
 import inspect
 import pickle
 
-import geomloss
 import pytest
 import torch
 
 from otkd_fast.compat.geomloss import SamplesLoss
+
+geomloss = pytest.importorskip("geomloss")
 
 OPTIONS = {
     "default": {},

@@ -4,11 +4,12 @@ import inspect
 import warnings
 
 import numpy as np
-import ot
 import pytest
 import torch
 
 from otkd_fast.compat import pot
+
+ot = pytest.importorskip("ot")
 
 SHAPES = [(6, 6), (9, 5)]
 FUNCTIONS = {
