@@ -18,6 +18,7 @@ from .wkl_feature import WKLFeature, wkl_feature
 
 __all__ = [
     "KD2M",
+    "WKL",
     "MultiLevelOT",
     "SinKD",
     "SinkhornDivergenceLoss",
@@ -25,7 +26,6 @@ __all__ = [
     "WCoRD",
     "WKDFeature",
     "WKDLogit",
-    "WKL",
     "WKLDiagnostics",
     "WKLFeature",
     "cosine_decay",
