@@ -104,7 +104,7 @@ def test_autocast_changes_nothing(name):
 
 
 @on_device
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_in_one_graph(name, masked):
     student, teacher = cases.features(8, 8, 4)
     mask = torch.tensor([True] * 6 + [False, True]) if masked else None
@@ -118,7 +118,13 @@ def test_compiles_in_one_graph(name, masked):
         torch.testing.assert_close(gradient, wanted)
 
 
-@on_device
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("cw2", "w2_gaussian full", "mmd rbf") else pytest.mark.slow)
+        for name in ON_DEVICE
+    ],
+)
 def test_func_grad_and_vmap(name):
     pairs = [cases.features(8, 8, 4, seed=seed) for seed in range(3)]
     loss = loss_of(name)
