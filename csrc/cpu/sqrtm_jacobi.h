@@ -231,10 +231,8 @@ struct JacobiRoot {
         const Definiteness kind = cholesky.factorize();
         for (int64_t k = 0; k < n; ++k) {
             for (int64_t j = 0; j < n; ++j) {
-                const int64_t column = cholesky.order[j];
-                const bool inside = k < cholesky.rank && j >= k;
-                const double entry = inside ? cholesky.rows[k * cholesky.ld + j] * cholesky.deviation[column] : 0.0;
-                basis.at(k, column)[l] = static_cast<T>(entry);
+                const double entry = k < cholesky.rank && j >= k ? cholesky.factor(k, j) : 0.0;
+                basis.at(k, cholesky.order[j])[l] = static_cast<T>(entry);
             }
         }
         return kind == Definiteness::indefinite;
