@@ -12,7 +12,6 @@ from otkd_fast.reference.polar import SCHEDULES, polar_svd
 from otkd_fast.testing import covariance
 
 from .family import Family, Function, Peer, Problem
-from .measure import forward_backward
 
 SIZES = ("256x8", "256x16", "256x32", "128x64", "64x128", "32x256", "8x512")
 NORM_SIZES = ("256x16", "64x49", "32x128")
@@ -51,10 +50,9 @@ def _pot(size: str) -> Function:
 
 
 def _scipy(size: str) -> Function:
-    """By Schur decomposition; its gradient, which SciPy has not, is left out: zero times the input."""
     from scipy.linalg import sqrtm
 
-    return lambda A, _: torch.from_numpy(sqrtm(A.detach().numpy()).real) + 0 * A
+    return lambda A, _: torch.from_numpy(sqrtm(A.detach().numpy()).real)
 
 
 ROOT_PEERS = (
