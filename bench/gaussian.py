@@ -16,8 +16,8 @@ from .measure import forward_backward
 SIZES = ("32x49x512", "100x16x512", "64x196x128")
 MOMENT_SIZES = ("64x512x7x7 grid 1", "64x512x7x7 grid 4", "256x2048 batch")
 DEFICIENT_NOTE = (
-    "Fewer rows than features: the covariances are singular, and float32 eigenvalues of them carry errors of 1e-3 in the value and up "
-    "to 1e-1 in the gradient, which are accepted here."
+    "Fewer rows than features: the covariances are singular, and float32 eigenvalues of them carry errors of 1e-3 in "
+    "the value and up to 1e-1 in the gradient, which are accepted here."
 )
 DEFICIENT_ERRORS = (1e-2, 0.5)
 

@@ -118,9 +118,10 @@ NORM_PEERS = (
 def norm_problem(size: str) -> Problem:
     batch, d = map(int, size.split("x"))
     generator = torch.Generator().manual_seed(6)
-    K = covariance("geometric 1e2", d, generator=generator, batch=(batch,)) @ torch.linalg.qr(
-        torch.randn(batch, d, d, generator=generator, dtype=torch.float64)
-    ).Q
+    K = (
+        covariance("geometric 1e2", d, generator=generator, batch=(batch,))
+        @ torch.linalg.qr(torch.randn(batch, d, d, generator=generator, dtype=torch.float64)).Q
+    )
     K = K.float()
     P, norm = polar_svd(K.double(), 1e-12)
     return Problem((K.requires_grad_(), torch.empty(0), torch.ones(batch)), (norm, P))

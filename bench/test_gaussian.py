@@ -5,14 +5,19 @@ import functools
 import pytest
 
 from . import suite
-from .gaussian import MOMENTS, DISTANCES
+from .gaussian import DISTANCES, MOMENTS
 
-CASES = [pytest.param(f, *case.values, id=f"{f.op}-{case.id}") for f in (DISTANCES, MOMENTS) for case in suite.size_and_peer(f)]
+FAMILIES = {family.op: family for family in (DISTANCES, MOMENTS)}
+CASES = [
+    pytest.param(family, *case.values, id=f"{family.op}-{case.id}")
+    for family in FAMILIES.values()
+    for case in suite.size_and_peer(family)
+]
 
 
 @functools.cache
 def cases(op, size):
-    return next(family for family in (DISTANCES, MOMENTS) if family.op == op).problem(size)
+    return FAMILIES[op].problem(size)
 
 
 @pytest.mark.parametrize("direction", suite.DIRECTIONS)

@@ -7,12 +7,17 @@ import pytest
 from . import suite
 from .matrix_roots import NORMS, ROOTS
 
-CASES = [pytest.param(f, *case.values, id=f"{f.op}-{case.id}") for f in (ROOTS, NORMS) for case in suite.size_and_peer(f)]
+FAMILIES = {family.op: family for family in (ROOTS, NORMS)}
+CASES = [
+    pytest.param(family, *case.values, id=f"{family.op}-{case.id}")
+    for family in FAMILIES.values()
+    for case in suite.size_and_peer(family)
+]
 
 
 @functools.cache
 def cases(op, size):
-    return next(family for family in (ROOTS, NORMS) if family.op == op).problem(size)
+    return FAMILIES[op].problem(size)
 
 
 @pytest.mark.parametrize("direction", suite.DIRECTIONS)
