@@ -22,7 +22,8 @@ class SharedKernel {
 
     // By all threads together. False, and nothing packed, if (max - min of the finite costs) / epsilon exceeds `limit`:
     // that bounds the exponents whatever the marginals are, and the cancellation between C / epsilon and the potentials.
-    bool start(const Team& team, double limit);
+    // Without `packs` shifts and base only.
+    bool start(const Team& team, double limit, bool packs = true);
 
     const Packing& packing() const { return packing_; }
     const S* panel(int64_t row) const { return kernel_ + packing_.panel(row); }
@@ -117,7 +118,7 @@ void SharedKernel<S, T>::weigh_group(int64_t row, int64_t column, S* panel) cons
 }
 
 template <class S, class T>
-bool SharedKernel<S, T>::start(const Team& team, double limit) {
+bool SharedKernel<S, T>::start(const Team& team, double limit, bool packs) {
     int64_t begin, end;
     split(packing_.n, kTile, team.size, team.rank, begin, end);
     S low = kInf, high = -kInf;
@@ -136,7 +137,7 @@ bool SharedKernel<S, T>::start(const Team& team, double limit) {
     if (team.rank == 0) base_ = constrained && least < kInf ? static_cast<S>(least) : S(0);
     if (most > least && (most - least) / args_.epsilon > limit) return false;
     team.barrier();
-    for (int64_t i = begin; i < end; i += kTile) {
+    for (int64_t i = begin; packs && i < end; i += kTile) {
         for (int64_t j = 0; j < packing_.m; j += kDepth) pack_group(i, j);
     }
     team.barrier();
