@@ -11,6 +11,7 @@ namespace {
 struct SharedCall {
     int dtype = 0, method = 0, keep = 0, gradient = 0, threads = 1;
     int64_t batch = 0, n = 0, m = 0, count = 0, num_iters = 0, apart_stride = 0;
+    bool cost_transposed = false;
     double epsilon = 0, tol = 0, relaxation = 1, penalty_a = 0, penalty_b = 0;
     Address cost = 0, a = 0, b = 0, initial_f = 0, initial_g = 0, problems = 0, workspace = 0;
     Address blocks = 0, apart = 0, iterations = 0, methods = 0, kept_iterations = 0, left = 0;
@@ -20,7 +21,7 @@ struct SharedCall {
 
     template <class T>
     SinkhornSharedArgs<T> args() const {
-        return {pointer<T>(cost), pointer<T>(a), pointer<T>(b), pointer<T>(initial_f), pointer<T>(initial_g),
+        return {pointer<T>(cost), cost_transposed, pointer<T>(a), pointer<T>(b), pointer<T>(initial_f), pointer<T>(initial_g),
                 pointer<int64_t>(problems), pointer<unsigned char>(workspace), batch, n, m, count, num_iters,
                 static_cast<Method>(method), static_cast<Keep>(keep), epsilon, tol, relaxation, penalty_a, penalty_b,
                 threads, pointer<T>(blocks), pointer<double>(apart), apart_stride, pointer<int64_t>(iterations),
@@ -101,6 +102,7 @@ void bind_sinkhorn_shared(pybind11::module_& module) {
           {"grad_a", &Call::grad_a}, {"grad_b", &Call::grad_b}}) {
         call.def_readwrite(name, field);
     }
+    call.def_readwrite("cost_transposed", &Call::cost_transposed);
     module.def("sinkhorn_shared_methods", &count_methods);
     call.def("workspace_bytes", &Call::workspace_bytes);
     call.def("forward", &Call::forward);

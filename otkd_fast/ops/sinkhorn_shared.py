@@ -83,12 +83,18 @@ class _History:
         call.blocks, call.apart, call.apart_stride = self.together, self.apart, self.apart_stride
 
 
+def _turned(cost: Tensor) -> bool:
+    """Whether the kernel can read a cost transposed as it is."""
+    return cost.mT.is_contiguous()
+
+
 def _call(cost, a, b, initial_f, initial_g, epsilon, num_iters, keep, penalty_a, penalty_b):
-    """A native call with what forward and backward have in common."""
+    """A native call with what forward and backward have in common; `cost` is contiguous, or its transpose is."""
     call = native.SinkhornSharedCall()
     call.dtype, call.threads = _library.dtype_code(cost), torch.get_num_threads()
     call.batch, (call.n, call.m) = _batch(a, b), cost.shape
     call.cost, call.a, call.b = address(cost), address(a), address(b)
+    call.cost_transposed = not cost.is_contiguous()
     call.initial_f, call.initial_g = address(initial_f), address(initial_g)
     call.epsilon, call.num_iters, call.keep = epsilon, num_iters, keep
     call.penalty_a, call.penalty_b = penalty_a, penalty_b
@@ -126,8 +132,9 @@ def _solve(
     if not update_a_first:
         cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
         penalty_a, penalty_b = penalty_b, penalty_a
-    operands = [contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g)]
-    call = _call(*operands, epsilon, num_iters, keep, penalty_a, penalty_b)
+    cost = cost if _turned(cost) else cost.contiguous()
+    operands = [contiguous(tensor) for tensor in (a, b, initial_f, initial_g)]
+    call = _call(cost, *operands, epsilon, num_iters, keep, penalty_a, penalty_b)
     call.tol, call.relaxation = tol, relaxation
     call.transport_cost, call.regularized_cost = address(transport_cost), address(regularized_cost)
     call.marginal_error, call.iterations = address(marginal_error), address(count)
@@ -212,9 +219,10 @@ def _differentiate(
         cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
         penalty_a, penalty_b, grad_a, grad_b = penalty_b, penalty_a, grad_b, grad_a
         grad_cost = torch.zeros_like(cost, memory_format=torch.contiguous_format) if need_cost else grad_cost
-    operands = [contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g)]
+    cost = cost if _turned(cost) and not need_cost else cost.contiguous()
+    operands = [contiguous(tensor) for tensor in (a, b, initial_f, initial_g)]
     incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
-    call = _call(*operands, epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b)
+    call = _call(cost, *operands, epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b)
     call.method, call.gradient, call.count = method, sinkhorn.GRADIENTS[gradient], call.batch
     if method == DOUBLE and cost.dtype is not torch.float64:
         problems = (parts.method_of() == method).nonzero().squeeze(1)
