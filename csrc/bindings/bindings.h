@@ -31,7 +31,6 @@ auto with_type(int dtype, Body body) {
 
 // One function a file: it adds the family's functions to the module.
 void bind_cost_matrix(pybind11::module_& module);
-void bind_masses(pybind11::module_& module);
 void bind_sinkhorn(pybind11::module_& module);
 void bind_sinkhorn_shared(pybind11::module_& module);
 void bind_sinkhorn_points(pybind11::module_& module);

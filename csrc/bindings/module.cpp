@@ -80,7 +80,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("cuda_info", &cuda_info_dict);
 #endif
     bind_cost_matrix(module);
-    bind_masses(module);
     bind_sinkhorn(module);
     bind_sinkhorn_shared(module);
     bind_sinkhorn_points(module);

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.masses import surely_right
-
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -101,9 +99,6 @@ def _surely_right(a: Tensor | None, b: Tensor | None) -> bool:
     given = [weights for weights in (a, b) if weights is not None]
     if any(weights.numel() == 0 for weights in given):
         return True
-    at_once = surely_right(a, b, TOTAL_TOLERANCE[given[0].dtype])
-    if at_once is not None:
-        return at_once
     if any(not weights.amin().item() >= 0 for weights in given):
         return False
     total, *other = (weights.sum(-1, dtype=_SUM_DTYPE[weights.dtype]) for weights in given)
