@@ -79,7 +79,9 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def measure(problem: Problem, peers: tuple[Peer, ...], size: str, seconds: float) -> dict[str, dict]:
+def measure(
+    problem: Problem, peers: tuple[Peer, ...], size: str, seconds: float, min_rounds: int = 5
+) -> dict[str, dict]:
     """Every peer on the same inputs: name -> errors and milliseconds, or {"skipped": reason} / {"wrong": reason}."""
     inputs, expected = problem.inputs, problem.expected
     x, y, *rest = inputs
@@ -108,8 +110,8 @@ def measure(problem: Problem, peers: tuple[Peer, ...], size: str, seconds: float
         return lambda: forward_backward(function, x, y, *rest)
 
     with torch.no_grad():
-        forward_ms = interleaved_medians({name: forward(f) for name, f in ready.items()}, seconds / 2)
-    total_ms = interleaved_medians({name: both(f) for name, f in ready.items()}, seconds / 2)
+        forward_ms = interleaved_medians({name: forward(f) for name, f in ready.items()}, seconds / 2, min_rounds)
+    total_ms = interleaved_medians({name: both(f) for name, f in ready.items()}, seconds / 2, min_rounds)
     for name in ready:
         results[name] |= {"forward_ms": forward_ms[name], "forward_backward_ms": total_ms[name]}
     return results
