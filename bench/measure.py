@@ -60,10 +60,13 @@ def interleaved_medians(
     """
     calls = {}
     for name, function in functions.items():
-        function()
-        start = time.perf_counter()
-        function()
-        calls[name] = max(1, int(10e-3 / (time.perf_counter() - start)))
+        for _ in range(2):
+            start = time.perf_counter()
+            function()
+            once = time.perf_counter() - start
+            if once > 0.5:  # nothing more to warm up
+                break
+        calls[name] = max(1, int(10e-3 / once))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     stop = time.perf_counter() + seconds
     rounds = 0

@@ -114,8 +114,8 @@ def problem(size: str) -> Problem:
 _REQUIRED = {"4096": {"log-envelope": 3.0, "scaling": 3.0, "pot": 3.0}}
 FAMILY = Family(
     op="sinkhorn_points",
-    title=f"Sinkhorn between n and n points, d = {FEATURES}, squared Euclidean cost, epsilon {RELATIVE_EPSILON:g} of the "
-    f"mean cost, {NUM_ITERS} iterations, gradient to x",
+    title=f"Sinkhorn between n and n points, d = {FEATURES}, squared Euclidean cost, epsilon {RELATIVE_EPSILON:g} of "
+    f"the mean cost, {NUM_ITERS} iterations, gradient to x",
     sizes=SIZES,
     problem=problem,
     peers=PEERS,
@@ -140,7 +140,7 @@ def floor(n: int = 4096) -> str:
         times = interleaved_medians(calls, 5.0)
     gigabytes, iteration = 4e-9 * n * n, (times["many"] - times["few"]) / 100
     return (
-        f"n = {n}: an iteration {iteration:.2f} ms, {1e3 * gigabytes / iteration:.0f} GB/s; one read of the same size by "
+        f"n = {n}: an iteration {iteration:.2f} ms, {1e3 * gigabytes / iteration:.0f} GB/s; one read of as much by "
         f"torch.sum {times['read']:.2f} ms, {1e3 * gigabytes / times['read']:.0f} GB/s"
     )
 
