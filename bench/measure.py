@@ -55,10 +55,10 @@ def interleaved_medians(
 ) -> dict[str, float]:
     """Median milliseconds of single calls; a block of each function in turn: a slow spell of the machine meets all.
 
-    A block is as many calls as take about 10 ms, after up to three untimed ones that warm the caches again; rounds are
-    repeated until `seconds` are used, at least `min_rounds`.
+    A block is as many calls as take about 10 ms, after up to three untimed ones that warm the caches again (none where
+    a call takes longer than 0.1 s); rounds are repeated until `seconds` are used, at least `min_rounds`.
     """
-    calls = {}
+    calls, untimed = {}, {}
     for name, function in functions.items():
         for _ in range(2):
             start = time.perf_counter()
@@ -67,13 +67,14 @@ def interleaved_medians(
             if once > 0.5:  # nothing more to warm up
                 break
         calls[name] = max(1, int(10e-3 / once))
+        untimed[name] = min(3, calls[name] - 1) or int(once < 0.1)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     stop = time.perf_counter() + seconds
     rounds = 0
     while time.perf_counter() < stop or rounds < min_rounds:
         rounds += 1
         for name, function in functions.items():
-            for _ in range(min(3, calls[name] - 1)):
+            for _ in range(untimed[name]):
                 function()
             for _ in range(calls[name]):
                 start = time.perf_counter()
