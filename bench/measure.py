@@ -57,22 +57,26 @@ def interleaved_medians(
 ) -> dict[str, float]:
     """Median milliseconds of single calls; a block of each function in turn: a slow spell of the machine meets all.
 
-    A block is as many calls as take about 10 ms, after up to three untimed ones that warm the caches again; rounds are
-    repeated until `seconds` are used, at least `min_rounds`.
+    A block is as many calls as take about 10 ms, after up to three untimed ones that warm the caches again (none where
+    a call takes longer than 0.1 s); rounds are repeated until `seconds` are used, at least `min_rounds`.
     """
-    calls = {}
+    calls, untimed = {}, {}
     for name, function in functions.items():
-        function()
-        start = time.perf_counter()
-        function()
-        calls[name] = max(1, int(10e-3 / (time.perf_counter() - start)))
+        for _ in range(2):
+            start = time.perf_counter()
+            function()
+            once = time.perf_counter() - start
+            if once > 0.5:  # nothing more to warm up
+                break
+        calls[name] = max(1, int(10e-3 / once))
+        untimed[name] = min(3, calls[name] - 1) or int(once < 0.1)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     stop = time.perf_counter() + seconds
     rounds = 0
     while time.perf_counter() < stop or rounds < min_rounds:
         rounds += 1
         for name, function in functions.items():
-            for _ in range(min(3, calls[name] - 1)):
+            for _ in range(untimed[name]):
                 function()
             for _ in range(calls[name]):
                 start = time.perf_counter()
@@ -81,7 +85,9 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def measure(problem: Problem, peers: tuple[Peer, ...], size: str, seconds: float) -> dict[str, dict]:
+def measure(
+    problem: Problem, peers: tuple[Peer, ...], size: str, seconds: float, min_rounds: int = 5
+) -> dict[str, dict]:
     """Every peer on the same inputs: name -> errors and milliseconds, or {"skipped": reason} / {"wrong": reason}."""
     inputs, expected = problem.inputs, problem.expected
     x, y, *rest = inputs
@@ -110,9 +116,10 @@ def measure(problem: Problem, peers: tuple[Peer, ...], size: str, seconds: float
         return lambda: forward_backward(function, x, y, *rest)
 
     with torch.no_grad():
-        forward_ms = interleaved_medians({name: forward(f) for name, f in ready.items()}, seconds / 2)
+        forward_ms = interleaved_medians({name: forward(f) for name, f in ready.items()}, seconds / 2, min_rounds)
     one_way = {peer.name for peer in peers if peer.forward_only}
-    total_ms = interleaved_medians({name: both(f) for name, f in ready.items() if name not in one_way}, seconds / 2)
+    two_way = {name: both(f) for name, f in ready.items() if name not in one_way}
+    total_ms = interleaved_medians(two_way, seconds / 2, min_rounds)
     for name in ready:
         results[name] |= {"forward_ms": forward_ms[name]}
         results[name] |= {} if name in one_way else {"forward_backward_ms": total_ms[name]}

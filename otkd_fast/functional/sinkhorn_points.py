@@ -88,7 +88,7 @@ def sinkhorn_points(
     if n == 0 or m == 0:
         name, rows = ("x", x) if n == 0 else ("y", y)
         raise ValueError(f"{name}: expected at least one row, got shape {tuple(rows.shape)}")
-    batch = tuple(max(x.shape[:-2], y.shape[:-2], key=len))
+    batch = tuple((x if x.dim() >= y.dim() else y).shape[:-2])
     axes = "the rows of x", "the rows of y"
     a, b, batch = check_marginals(a, b, n, m, batch, ("x", x), axes, gradient, options)
     if x.dtype in HALF_DTYPES:

