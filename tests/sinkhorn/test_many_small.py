@@ -63,7 +63,9 @@ def check(problem, gradient, generator, **options):
 def test_sizes(gradient, dtype, generator):
     iterations = 60 if gradient == "implicit" else 6
     for k, (n, m, batch) in enumerate(SIZES):
-        problem = problems(n, m, batch, generator, (4.0,), dtype, zeros=k % 2 == 0, infinite=k % 3 == 0)
+        # forbidden pairs may leave no plan with these marginals, and then there is no fixed point to differentiate
+        infinite = k % 3 == 0 and gradient != "implicit"
+        problem = problems(n, m, batch, generator, (4.0,), dtype, zeros=k % 2 == 0, infinite=infinite)
         check(problem, gradient, generator, num_iters=iterations, update_first="ab"[k % 2])
 
 
@@ -90,7 +92,8 @@ def test_tiny_masses(gradient, dtype, generator):
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_each_problem_stops_by_itself(gradient, dtype, generator):
-    problem = problems(7, 5, 50, generator, (1.0, 20.0, 90.0), dtype, zeros=True)
+    ranges = (1.0, 8.0) if gradient == "implicit" else (1.0, 20.0, 90.0)
+    problem = problems(7, 5, 50, generator, ranges, dtype, zeros=True)
     options = {"num_iters": 40, "tol": 1e-3 if gradient == "implicit" else 0.03}
     result = otkd_fast.sinkhorn(*problem, epsilon=EPSILON, **options)
     assert result.num_iters.unique().numel() > 3
