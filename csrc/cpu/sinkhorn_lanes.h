@@ -77,7 +77,7 @@ class LaneGroup {
     int64_t ran_[kLanes] = {};
     V errors_[kVectors];  // of the plan where `tol` stopped the loop, else negative
     int64_t steps_ = 0;   // that are differentiated
-    V of_transport_[kVectors], of_dual_[kVectors], base_[kVectors];
+    V of_transport_[kVectors], of_dual_[kVectors], base_[kVectors], lane_steps_[kVectors];
     S *trace_ = nullptr, *adjoint_ = nullptr, *phi_bar_ = nullptr, *gamma_bar_ = nullptr, *sum_phi_ = nullptr,
       *sum_gamma_ = nullptr;
 };

@@ -10,12 +10,9 @@ namespace {
 
 template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::incoming(const T* grads, V* values) const {
-    for (int g = 0; g < kVectors; ++g) {
-        values[g] = V{};
-        for (int64_t l = g * kWidth; grads && l < (g + 1) * kWidth && l < count_; ++l) {
-            values[g][l % kWidth] = static_cast<S>(grads[places_[l].index]);
-        }
-    }
+    S lanes[kLanes] = {};
+    for (int64_t l = 0; grads && l < count_; ++l) lanes[l] = static_cast<S>(grads[places_[l].index]);
+    for (int g = 0; g < kVectors; ++g) values[g] = load(lanes + g * kWidth);
 }
 
 // u_, v_ and the trace of the steps that are differentiated.
@@ -87,16 +84,13 @@ void LaneGroup<S, T, kVectors>::first_adjoint() {
 template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::adjoint_step(int64_t k) {
     const V zero = {};
-    const bool path = args_.gradient == Gradient::unroll;
+    const V now = splat(static_cast<S>(k)), next = splat(static_cast<S>(k + 1));
     S *w = adjoint_w(k), *z = adjoint_z(k);
     const S *u = trace_u(k), *v = trace_v(k), *v_before = before(k);
     Mask active[kVectors], last[kVectors];
     for (int g = 0; g < kVectors; ++g) {
-        for (int lane = 0; lane < kWidth; ++lane) {
-            const int64_t ran = path ? ran_[g * kWidth + lane] : 1;
-            active[g][lane] = k < ran ? -1 : 0;
-            last[g][lane] = k == ran - 1 ? -1 : 0;
-        }
+        active[g] = now < lane_steps_[g];
+        last[g] = next == lane_steps_[g];
         for (int64_t at = g * kWidth; at < m_ * kLanes; at += kLanes) {
             const V bar = load(gamma_bar_ + at), own = load(b_ + at), value = bar * load(v + at) / own;
             store(w + at, (own > zero) & active[g] ? value : zero);
@@ -206,7 +200,10 @@ void LaneGroup<S, T, kVectors>::backward(bool* solved) {
     if (most == 0) return;
     steps_ = args_.gradient == Gradient::unroll ? most : args_.gradient == Gradient::last_step;
     load_problems();
+    S lane_steps[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) lane_steps[l] = static_cast<S>(args_.gradient == Gradient::unroll ? ran_[l] : 1);
     for (int g = 0; g < kVectors; ++g) {
+        lane_steps_[g] = load(lane_steps + g * kWidth);
         base_[g] = lowest_[g] - lowest_[g] == V{} ? lowest_[g] : V{};
     }
     incoming(args_.grad_transport_cost, of_transport_);

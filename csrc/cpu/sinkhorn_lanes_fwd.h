@@ -14,7 +14,7 @@ bool LaneGroup<S, T, kVectors>::stop(Mask* active, const V* errors, int64_t done
         const Mask stopped = active[g] & (errors[g] <= splat(static_cast<S>(args_.tol)));
         errors_[g] = stopped ? errors[g] : errors_[g];
         active[g] &= ~stopped;
-        for (int w = 0; w < kWidth; ++w) {
+        for (int w = 0; w < kWidth && any<S>(stopped); ++w) {
             if (stopped[w]) ran_[g * kWidth + w] = done;
         }
         going |= any<S>(active[g]);
@@ -69,7 +69,9 @@ void LaneGroup<S, T, kVectors>::iterate_watching() {
 
 template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::write_scalar(const V* values, T* out) const {
-    for (int64_t l = 0; out && l < count_; ++l) out[places_[l].index] = static_cast<T>(values[l / kWidth][l % kWidth]);
+    S lanes[kLanes];
+    for (int g = 0; g < kVectors; ++g) store(lanes + g * kWidth, values[g]);
+    for (int64_t l = 0; out && l < count_; ++l) out[places_[l].index] = static_cast<T>(lanes[l]);
 }
 
 // Potentials of one side, and what it adds to the dual value: sum of mass (f - epsilon log mass). `shift` may be null.
@@ -174,7 +176,9 @@ void LaneGroup<S, T, kVectors>::forward(double limit, bool* solved) {
     }
     outputs();
     if (args_.history) write_history(args_.keep);
-    for (int64_t l = 0; l < count_; ++l) solved[l] = good[l / kWidth][l % kWidth] != 0;
+    typename Simd<S>::Int lanes[kLanes];
+    std::memcpy(lanes, good, sizeof good);
+    for (int64_t l = 0; l < count_; ++l) solved[l] = lanes[l] != 0;
 }
 
 }  // namespace
