@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import cost_l1, loss_wkd, memory, sinkd, sinkhorn_dense, sinkhorn_shared
+from . import cost_l1, loss_wkd, memory, sinkd, sinkhorn_dense, sinkhorn_ragged, sinkhorn_shared
 from .family import Family
 from .measure import measure
 
@@ -23,6 +23,7 @@ FAMILIES = (
     cost_l1.FAMILY,
     sinkhorn_shared.FAMILY,
     sinkhorn_dense.FAMILY,
+    sinkhorn_ragged.FAMILY,
     loss_wkd.LOGIT_FAMILY,
     loss_wkd.FEATURE_FAMILY,
 )

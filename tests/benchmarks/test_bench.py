@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench import measure, report, run, scaling, sinkd, sinkhorn_dense, sinkhorn_shared  # noqa: E402
+from bench import measure, report, run, scaling, sinkd, sinkhorn_dense, sinkhorn_ragged, sinkhorn_shared  # noqa: E402
 from bench.family import Peer  # noqa: E402
 
 SMALL = "8x4"
@@ -48,6 +48,7 @@ FAMILIES = {
     "sinkd": (sinkd.FAMILY, SMALL),
     "shared": (sinkhorn_shared.FAMILY, "12"),
     "dense": (sinkhorn_dense.FAMILY, "3x5x5"),
+    "ragged": (sinkhorn_ragged.FAMILY, "5x1-6"),
 }
 
 
