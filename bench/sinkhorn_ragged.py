@@ -92,7 +92,9 @@ def problem(size: str) -> Problem:
     cost = torch.rand(entries, generator=generator)
     sides = [torch.rand(int(offsets[-1]), generator=generator) for offsets in (rows, columns)]
     totals = [torch.segment_reduce(x, "sum", lengths=o.diff()) for x, o in zip(sides, (rows, columns), strict=True)]
-    masses = torch.cat([x / t.repeat_interleave(o.diff()) for x, t, o in zip(sides, totals, (rows, columns), strict=True)])
+    masses = torch.cat(
+        [x / t.repeat_interleave(o.diff()) for x, t, o in zip(sides, totals, (rows, columns), strict=True)]
+    )
     grad = torch.ones(len(rows) - 1)
     expected = forward_backward(_one_by_one(size), cost.double().requires_grad_(), masses.double(), grad.double())
     return Problem((cost.requires_grad_(), masses, grad), expected)

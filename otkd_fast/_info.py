@@ -161,7 +161,9 @@ def _cases() -> Iterator[tuple[str, str, Callable, Callable]]:
         return result.transport_cost + result.regularized_cost
 
     def ragged(x: Tensor, y: Tensor, backend: str) -> Tensor:
-        rows, columns = (torch.tensor(offsets, device=x.device) for offsets in ([0, 3, 7, 11, 14, 66], [0, 4, 6, 9, 12, 42]))
+        rows, columns = (
+            torch.tensor(offsets, device=x.device) for offsets in ([0, 3, 7, 11, 14, 66], [0, 4, 6, 9, 12, 42])
+        )
         options = {"metric": "sqeuclidean", "epsilon": 20.0, "num_iters": 20, "backend": backend}
         points = x.flatten(0, 1), y.flatten(0, 1)
         result = otkd_fast.sinkhorn_ragged(points, row_offsets=rows, column_offsets=columns, **options)

@@ -5,4 +5,13 @@ Importing this package registers them. They are below autograd: gradients belong
 
 from . import cost_matrix, polar, sinkd, sinkhorn, sinkhorn_points, sinkhorn_ragged, sinkhorn_shared, sqrtm
 
-__all__ = ["cost_matrix", "polar", "sinkd", "sinkhorn", "sinkhorn_points", "sinkhorn_ragged", "sinkhorn_shared", "sqrtm"]
+__all__ = [
+    "cost_matrix",
+    "polar",
+    "sinkd",
+    "sinkhorn",
+    "sinkhorn_points",
+    "sinkhorn_ragged",
+    "sinkhorn_shared",
+    "sqrtm",
+]

@@ -71,7 +71,11 @@ WRONG = [
     ({"relaxation": "fast"}, ValueError, ("relaxation:", "'auto'", "'fast'")),
     ({"relaxation": None}, TypeError, ("relaxation:", "number", "NoneType")),
     ({"relaxation": True}, TypeError, ("relaxation:", "number", "bool")),
-    ({"relaxation": 1.5, "cost": cost(3, 4).requires_grad_()}, ValueError, ("relaxation:", "gradient='unroll'", "1.5", "'implicit'")),
+    (
+        {"relaxation": 1.5, "cost": cost(3, 4).requires_grad_()},
+        ValueError,
+        ("relaxation:", "gradient='unroll'", "1.5", "'implicit'"),
+    ),
     ({"relaxation": "auto", "a": mass(3).requires_grad_()}, ValueError, ("relaxation:", "gradient='unroll'", "'auto'")),
     (
         {"relaxation": 1.5, "gradient": "last_step", "b": mass(4).requires_grad_()},

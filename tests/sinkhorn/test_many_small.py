@@ -21,7 +21,9 @@ def problems(n, m, batch, generator, ranges=(10.0,), dtype=F32, tiny=False, **op
     cost, a, b = random_problem(n, m, batch=(batch,), generator=generator, **options)
     scale = EPSILON * torch.tensor(ranges, dtype=F64)[torch.arange(batch) % len(ranges)]
     if tiny:
-        a, b = (torch.where(w > 0, w * (20 * torch.randn(w.shape, generator=generator)).double().exp(), 0) for w in (a, b))
+        a, b = (
+            torch.where(w > 0, w * (20 * torch.randn(w.shape, generator=generator)).double().exp(), 0) for w in (a, b)
+        )
         a, b = ((w / w.amax(-1, keepdim=True)).clamp(min=1e-30) * (w > 0) for w in (a, b))
         a, b = (w / w.sum(-1, keepdim=True) for w in (a, b))
     return tuple(t.to(dtype) for t in (cost * scale[:, None, None], a, b))
@@ -43,7 +45,9 @@ def check(problem, gradient, generator, **options):
     """Against the reference, problem by problem: each on its own scale."""
     batch, n, m = problem[0].shape
     shapes = ((batch,), (batch,), (batch, n), (batch, m))
-    weights = {name: torch.randn(shape, generator=generator, dtype=F64) for name, shape in zip(OUTPUTS, shapes, strict=True)}
+    weights = {
+        name: torch.randn(shape, generator=generator, dtype=F64) for name, shape in zip(OUTPUTS, shapes, strict=True)
+    }
     actual, grads = solved(problem, weights, gradient, "cpu", **options)
     expected, wanted = solved([t.double() for t in problem], weights, gradient, "reference", **options)
     assert torch.equal(actual.num_iters, expected.num_iters)
@@ -52,7 +56,9 @@ def check(problem, gradient, generator, **options):
     for k in range(batch):
         for name, quantity in QUANTITIES.items():
             scale = max(float(costs[k]), EPSILON) if quantity == "potential" else None
-            assert_close(getattr(actual, name)[k], getattr(expected, name)[k], "sinkhorn", quantity, scale=scale, context=name)
+            assert_close(
+                getattr(actual, name)[k], getattr(expected, name)[k], "sinkhorn", quantity, scale=scale, context=name
+            )
         for grad, want, unit in zip(grads, wanted, (1e-3, 1, 1), strict=False):
             scale = max(float(want[k].abs().max()), unit)
             assert_close(grad[k], want[k], "sinkhorn", "gradient", scale=scale, context=f"{gradient}, problem {k}")
@@ -127,7 +133,9 @@ def test_uniform_masses(generator):
         options = {"epsilon": EPSILON, "num_iters": 5, "gradient": gradient}
         results = [otkd_fast.sinkhorn(x, backend=name, **options) for x, name in ((leaf, "cpu"), (exact, "reference"))]
         assert_close(results[0].f, results[1].f, "sinkhorn", "potential")
-        grads = [torch.autograd.grad(r.regularized_cost.sum(), x)[0] for r, x in zip(results, (leaf, exact), strict=True)]
+        grads = [
+            torch.autograd.grad(r.regularized_cost.sum(), x)[0] for r, x in zip(results, (leaf, exact), strict=True)
+        ]
         assert_close(*grads, "sinkhorn", "gradient")
 
 

@@ -63,7 +63,9 @@ def test_max_cost_over_epsilon(generator):
         sharp.append((cost * (0.1, 1, 10, 100, 1e4)[k % 5], a / a.sum(), b / b.sum()))
     packed = pack(sharp)
     result = otkd_fast.sinkhorn_ragged(*packed.to(F32)[:3], **packed.offsets, epsilon=0.1, num_iters=6)
-    expected = loop([tuple(t.float().double() for t in p) for p in sharp], backend="reference", epsilon=0.1, num_iters=6)
+    expected = loop(
+        [tuple(t.float().double() for t in p) for p in sharp], backend="reference", epsilon=0.1, num_iters=6
+    )
     for k in range(len(sharp)):
         assert_close(result.transport_cost[k], expected["transport_cost"][k], "sinkhorn", "transport_cost")
         assert_close(result.regularized_cost[k], expected["regularized_cost"][k], "sinkhorn", "regularized_cost")
@@ -98,9 +100,7 @@ def test_opcheck(gradient, update_a_first, generator):
     if gradient in COVERED:
         grads = [value if name == COVERED[gradient] else None for name, value in zip(OUTPUTS, grads, strict=True)]
     options = (0.3, 3, 0.5, torch.inf, update_a_first, gradient, True, gradient != "detach", gradient != "detach")
-    torch.library.opcheck(
-        ops.sinkhorn_ragged_bwd.default, (*tensors, outputs[6], *grads, *options), test_utils=CHECKS
-    )
+    torch.library.opcheck(ops.sinkhorn_ragged_bwd.default, (*tensors, outputs[6], *grads, *options), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("metric", ["l1", "cosine"])
