@@ -1,4 +1,4 @@
-"""Sinkhorn on problems of different sizes, as class-conditional transport poses them, with the gradient to the costs."""
+"""Sinkhorn on problems of different sizes, as class-conditional transport has them, with the gradient to the costs."""
 
 from __future__ import annotations
 

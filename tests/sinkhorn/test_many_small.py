@@ -17,7 +17,7 @@ SIZES = [(4, 4, 70), (16, 16, 21), (2, 3, 4), (1, 1, 40), (32, 32, 9), (5, 31, 1
 
 
 def problems(n, m, batch, generator, ranges=(10.0,), dtype=F32, tiny=False, **options):
-    """Problem k has costs up to epsilon ranges[k % len(ranges)]; with `tiny` masses of a sharp softmax down to 1e-30."""
+    """Problem k has costs up to epsilon ranges[k % len(ranges)]; `tiny`: masses of a sharp softmax down to 1e-30."""
     cost, a, b = random_problem(n, m, batch=(batch,), generator=generator, **options)
     scale = EPSILON * torch.tensor(ranges, dtype=F64)[torch.arange(batch) % len(ranges)]
     if tiny:
