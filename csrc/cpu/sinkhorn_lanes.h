@@ -71,7 +71,7 @@ class LaneGroup {
     const SinkhornArgs<T>& args_;
     const Place* const places_;
     const int64_t count_, n_, m_;
-    bool uniform_ = true;  // all of the same size
+    bool uniform_ = true;  // all are (n, m)
     S *cost_, *kernel_, *a_, *unused_a_, *b_, *unused_b_, *shift_, *u_, *v_, *start_, *before_, *sums_;
     V low_[kVectors], high_[kVectors], lowest_[kVectors], highest_[kVectors];
     int64_t ran_[kLanes] = {};
@@ -139,7 +139,7 @@ void LaneGroup<S, T, kVectors>::load_masses(const T* masses, bool rows, S* mass,
 
 template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::load_problems() {
-    for (int64_t l = 1; l < count_; ++l) uniform_ &= places_[l].n == places_[0].n && places_[l].m == places_[0].m;
+    for (int64_t l = 0; l < count_; ++l) uniform_ &= places_[l].n == n_ && places_[l].m == m_;
     if (uniform_) {
         get([&](const Place& p) { return args_.cost + p.entries; }, [](const Place&) { return 0; }, n_ * m_, T(0), cost_);
     } else {
