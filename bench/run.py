@@ -27,6 +27,7 @@ from . import (
     sinkd,
     sinkhorn_dense,
     sinkhorn_points,
+    sinkhorn_ragged,
     sinkhorn_shared,
 )
 from .family import Family
@@ -39,6 +40,7 @@ FAMILIES = (
     sinkhorn_shared.FAMILY,
     sinkhorn_dense.FAMILY,
     sinkhorn_points.FAMILY,
+    sinkhorn_ragged.FAMILY,
     loss_wkd.LOGIT_FAMILY,
     loss_wkd.FEATURE_FAMILY,
     matrix_roots.ROOTS,

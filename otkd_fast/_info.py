@@ -22,6 +22,7 @@ JUDGED_AS = {
     "cost_matrix": ("cost_matrix", "value"),
     "sinkhorn": ("sinkhorn", "regularized_cost"),
     "sinkhorn_shared": ("sinkhorn", "regularized_cost"),
+    "sinkhorn_ragged": ("sinkhorn", "regularized_cost"),
     "sinkhorn_points": ("sinkhorn", "regularized_cost"),
     "sinkd": ("sinkhorn", "transport_cost"),
     "polar": ("polar", "nuclear_norm"),
@@ -191,12 +192,21 @@ def _cases() -> Iterator[tuple[str, str, Callable, Callable]]:
 
     def moments(x: Tensor, backend: str) -> Tensor:
         return torch.stack(otkd_fast.feature_moments(x, dim=(1, 2), grid=2, unbiased=True, eps=1e-3, backend=backend))
+    def ragged(x: Tensor, y: Tensor, backend: str) -> Tensor:
+        rows, columns = (
+            torch.tensor(offsets, device=x.device) for offsets in ([0, 3, 7, 11, 14, 66], [0, 4, 6, 9, 12, 42])
+        )
+        options = {"metric": "sqeuclidean", "epsilon": 20.0, "num_iters": 20, "backend": backend}
+        points = x.flatten(0, 1), y.flatten(0, 1)
+        result = otkd_fast.sinkhorn_ragged(points, row_offsets=rows, column_offsets=columns, **options)
+        return result.transport_cost + result.regularized_cost
 
     for metric in ("l1", "l2", "sqeuclidean", "cosine"):
         yield "cost_matrix", metric, cost_matrix(metric, None), points
     yield "cost_matrix", "l1 of softmax", cost_matrix("l1", 2.0), points
     yield "sinkhorn", "unroll", sinkhorn, problem
     yield "sinkhorn_shared", "unroll", sinkhorn, shared_problem
+    yield "sinkhorn_ragged", "unroll", ragged, points
     yield "sinkhorn_points", "unroll", streamed, points
     yield "sinkd", "SinKD", lambda s, t, backend: otkd_fast.losses.sinkd(s, t, backend=backend), logits
     yield "polar", "nuclear norm", lambda K, backend: otkd_fast.polar(K, backend=backend)[1], matrices(40)

@@ -33,6 +33,7 @@ auto with_type(int dtype, Body body) {
 void bind_cost_matrix(pybind11::module_& module);
 void bind_sinkhorn(pybind11::module_& module);
 void bind_sinkhorn_shared(pybind11::module_& module);
+void bind_sinkhorn_ragged(pybind11::module_& module);
 void bind_sinkhorn_points(pybind11::module_& module);
 void bind_sinkd(pybind11::module_& module);
 void bind_gaussian(pybind11::module_& module);

@@ -82,6 +82,7 @@ PYBIND11_MODULE(_C, module) {
     bind_cost_matrix(module);
     bind_sinkhorn(module);
     bind_sinkhorn_shared(module);
+    bind_sinkhorn_ragged(module);
     bind_sinkhorn_points(module);
     bind_sinkd(module);
     bind_gaussian(module);

@@ -19,6 +19,7 @@ from bench import (  # noqa: E402
     sinkd,
     sinkhorn_dense,
     sinkhorn_points,
+    sinkhorn_ragged,
     sinkhorn_shared,
 )
 from bench.family import Peer  # noqa: E402
@@ -60,6 +61,7 @@ FAMILIES = {
     "shared": (sinkhorn_shared.FAMILY, "12"),
     "dense": (sinkhorn_dense.FAMILY, "3x5x5"),
     "points": (sinkhorn_points.FAMILY, "7"),
+    "ragged": (sinkhorn_ragged.FAMILY, "5x1-6"),
 }
 
 

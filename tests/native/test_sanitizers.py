@@ -31,6 +31,7 @@ def test_kernels_are_clean(sanitizer, tmp_path):
         "polar",
         "sinkhorn",
         "sinkhorn_points",
+        "sinkhorn_ragged",
         "sinkhorn_shared",
         "sqrtm",
     ):
@@ -40,7 +41,7 @@ def test_kernels_are_clean(sanitizer, tmp_path):
             built = run(COMPILER, *flags, f"-march={march}", f"-DOTKD_ISA={isa}", "-c", source, "-o", objects[-1])
             assert built.returncode == 0, built.stderr
     program = tmp_path / "exercise_kernels"
-    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("threads", "dispatch", "sinkd")]
+    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("threads", "dispatch", "masses", "ragged", "sinkd")]
     sources.append(Path(__file__).with_name("exercise_kernels.cpp"))
     built = run(COMPILER, *flags, *sources, *objects, "-ldl", "-o", program)
     assert built.returncode == 0, built.stderr

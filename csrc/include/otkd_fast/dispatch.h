@@ -23,6 +23,9 @@ struct KernelsOf {
     void (*sinkhorn_fwd)(const SinkhornArgs<T>&);
     void (*sinkhorn_bwd)(const SinkhornArgs<T>&);
     int64_t (*sinkhorn_workspace_bytes)(const SinkhornArgs<T>&, bool backward);
+    void (*sinkhorn_ragged_fwd)(const SinkhornRaggedArgs<T>&);
+    void (*sinkhorn_ragged_bwd)(const SinkhornRaggedArgs<T>&);
+    int64_t (*sinkhorn_ragged_workspace_bytes)(const SinkhornRaggedArgs<T>&, bool backward);
     int64_t (*sinkhorn_shared_fwd)(const SinkhornSharedArgs<T>&);
     void (*sinkhorn_shared_bwd)(const SinkhornSharedArgs<T>&);
     int64_t (*sinkhorn_shared_workspace_bytes)(const SinkhornSharedArgs<T>&, bool backward);
