@@ -37,5 +37,6 @@ void bind_sinkhorn_points(pybind11::module_& module);
 void bind_sinkd(pybind11::module_& module);
 void bind_polar(pybind11::module_& module);
 void bind_sqrtm(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);  // where OTKD_FAST_WITH_CUDA is defined
 
 }  // namespace otkd_fast
