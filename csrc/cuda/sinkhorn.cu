@@ -88,7 +88,7 @@ Batch<T> make_batch(const SinkhornArgs<T>& args, bool shared_cost, bool backward
 
 template <class S, class T>
 int64_t tile_shared_bytes(int warps) {
-    return larger(TileMemory<T, S::kColumns>::bytes(warps), log_shared_bytes<T>(warps * 32));
+    return larger(TileMemory<T, S::kColumns>::bytes(warps), log_shared_bytes(warps * 32));
 }
 
 // Launches of the large problems.
@@ -103,18 +103,19 @@ struct Phases {
         parts = static_cast<int>(smaller(wanted, larger<int64_t>(kMostParts / all.args.batch, 1)));
     }
     void run(Phase phase, int64_t k, int share) const {
-        launch("run_phase", run_phase<T>, batch.args.batch * share, kPhaseThreads, log_shared_bytes<T>(kPhaseThreads), target,
+        launch("run_phase", run_phase<T>, batch.args.batch * share, kPhaseThreads, log_shared_bytes(kPhaseThreads), target,
                batch, phase, k, share);
     }
     void run(BackwardPhase phase, int64_t k, int share) const {
         launch("run_backward_phase", run_backward_phase<T>, batch.args.batch * share, kPhaseThreads,
-               log_shared_bytes<T>(kPhaseThreads), target, batch, phase, k, share);
+               log_shared_bytes(kPhaseThreads), target, batch, phase, k, share);
     }
 };
 
 template <class T>
 void forward_phases(const Batch<T>& batch, const Target& target) {
     const Phases<T> phases(batch, target);
+    if (sizeof(T) == sizeof(float)) phases.run(Phase::range, 0, phases.parts);
     phases.run(Phase::start, 0, 1);
     for (int64_t k = 0; k < batch.args.num_iters; ++k) {
         phases.run(Phase::rows, k, phases.parts);

@@ -1,41 +1,42 @@
 // Sinkhorn in the log domain on the device: every option, every size, every range of exponents.
 //   phi_i = log a_i - lambda_a LSE_j(gamma_j - X_ij),   gamma_j = log b_j - lambda_b LSE_i(phi_i - X_ij)
-// Exponents are formed in double, so that nothing is lost where C / epsilon is large; exponentials and their sums have the
-// type of the input. One exponential an entry and half-iteration, by a running maximum.
+// Exponents are formed in double, so that nothing is lost where C / epsilon is large. Exponentials and their sums (type E) are
+// in double, too, unless the input is float and the exponents of the problem span at most 60, as for scalings.
+// One exponential an entry and half-iteration, by a running maximum.
 // The work is cut into phases: a block goes through them with barriers between (small problems), or each is a launch of
 // its own in which `parts` blocks share a problem. Rows: a warp each. Columns: a block takes 32 at a time, lane a column,
 // its warps share the rows. Potentials lie in the workspace.
 #pragma once
-#include "sinkhorn_problem.h"
+#include "sinkhorn_range.h"
 
 namespace otkd_fast {
 namespace cuda {
 namespace {
 
-enum class Phase : int { start, rows, columns, plan_rows, control, finish };
+enum class Phase : int { range, start, rows, columns, plan_rows, control, finish };
 
 struct Part {
     int64_t part, parts;
 };
 
 // exp(x) summed for many x: the largest one so far, and the sum relative to it.
-template <class T>
+template <class E>
 struct RunningSum {
     double top = -kInfinity;
-    T sum = 0;
+    E sum = 0;
     OTKD_DEVICE void add(double x) {
         if (x == -kInfinity) return;
         if (x > top) {
-            sum = sum * exp_of(static_cast<T>(top - x)) + T(1);
+            sum = sum * exp_of(static_cast<E>(top - x)) + E(1);
             top = x;
         } else {
-            sum += exp_of(static_cast<T>(x - top));  // NaN goes here, and stays
+            sum += exp_of(static_cast<E>(x - top));  // NaN goes here, and stays
         }
     }
-    OTKD_DEVICE void join(double other_top, T other_sum) {
+    OTKD_DEVICE void join(double other_top, E other_sum) {
         const double most = larger(top, other_top);
         if (most > -kInfinity) {
-            sum = sum * exp_of(static_cast<T>(top - most)) + other_sum * exp_of(static_cast<T>(other_top - most));
+            sum = sum * exp_of(static_cast<E>(top - most)) + other_sum * exp_of(static_cast<E>(other_top - most));
         } else {
             sum += other_sum;
         }
@@ -45,7 +46,7 @@ struct RunningSum {
         OTKD_UNROLL
         for (int offset = 16; offset > 0; offset >>= 1) {
             const double other_top = shuffle_xor(top, offset);
-            const T other_sum = shuffle_xor(sum, offset);
+            const E other_sum = shuffle_xor(sum, offset);
             join(other_top, other_sum);
         }
     }
@@ -62,15 +63,45 @@ OTKD_DEVICE void log_start(const Problem<T>& p) {
     for (int64_t j = thread_id(); j < p.m; j += block_threads()) {
         p.gamma()[j] = p.mass_b(j) > 0 ? p.start_gamma(j) : -kInfinity;
     }
-    if (thread_id() == 0) *p.state() = {p.args.relaxation > 0 ? p.args.relaxation : 1.0, 0.0, 0, 1};
+    if (thread_id() == 0) *p.state() = {p.args.relaxation > 0 ? p.args.relaxation : 1.0, 0.0, 0, 1, 1};
 }
 
+// Smallest and largest finite cost of each row, for log_width.
 template <class T>
+OTKD_DEVICE void log_range_rows(const Problem<T>& p, Part part) {
+    for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
+        double low = -kInfinity, high = -kInfinity;
+        for (int64_t j = lane_id(); j < p.m; j += 32) {
+            const double x = p.exponent(i, j);
+            low = larger(low, -x);
+            high = x < kInfinity ? larger(high, x) : high;
+        }
+        low = warp_max(low);
+        high = warp_max(high);
+        if (lane_id() != 0) continue;
+        p.row_mass()[i] = low;
+        p.row_moved()[i] = high;
+    }
+}
+
+// Whether exponentials in float do. One block, after log_range_rows and log_start.
+template <class T>
+OTKD_DEVICE void log_width(const Problem<T>& p, double* shared) {
+    double low = -kInfinity, high = -kInfinity;
+    for (int64_t i = thread_id(); i < p.n; i += block_threads()) {
+        low = larger(low, p.row_mass()[i]);
+        high = larger(high, p.row_moved()[i]);
+    }
+    const double range = block_max(low, shared) + block_max(high, shared) + given_range(p, shared);
+    if (thread_id() == 0) p.state()->wide = !(range <= Limits<T>::kRange);
+}
+
+template <class E, class T>
 OTKD_DEVICE void log_rows(const Problem<T>& p, Part part, int64_t k) {
     if (!p.state()->running) return;
     const double omega = p.state()->omega, lambda = p.penalty_a().lambda();
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
-        RunningSum<T> sum;
+        RunningSum<E> sum;
         for (int64_t j = lane_id(); j < p.m; j += 32) sum.add(p.gamma()[j] - p.exponent(i, j));
         sum.over_warp();
         if (lane_id() != 0) continue;
@@ -95,13 +126,13 @@ OTKD_DEVICE void update_column(const Problem<T>& p, int64_t j, double lse, int64
 }
 
 // `shared` holds (warps, 32) tops and as many sums.
-template <class T>
+template <class E, class T>
 OTKD_DEVICE void log_columns(const Problem<T>& p, Part part, int64_t k, double* shared) {
     if (!p.state()->running) return;
-    T* sums = reinterpret_cast<T*>(shared + block_threads());
+    E* sums = reinterpret_cast<E*>(shared + block_threads());
     for (int64_t j0 = part.part * 32; j0 < p.m; j0 += part.parts * 32) {
         const int64_t j = j0 + lane_id();
-        RunningSum<T> sum;
+        RunningSum<E> sum;
         for (int64_t i = warp_id(); j < p.m && i < p.n; i += block_warps()) sum.add(p.phi()[i] - p.exponent(i, j));
         shared[thread_id()] = sum.top;
         sums[thread_id()] = sum.sum;
@@ -115,13 +146,13 @@ OTKD_DEVICE void log_columns(const Problem<T>& p, Part part, int64_t k, double* 
 }
 
 // Row sums of the plan as it stands, and sum_j P_ij C_ij.
-template <class T>
+template <class E, class T>
 OTKD_DEVICE void log_plan_rows(const Problem<T>& p, Part part) {
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         const double phi = p.phi()[i];
         double mass = 0, moved = 0;
         for (int64_t j = lane_id(); j < p.m; j += 32) {
-            const double x = p.exponent(i, j), entry = exp_of(static_cast<T>(phi + p.gamma()[j] - x));
+            const double x = p.exponent(i, j), entry = exp_of(static_cast<E>(phi + p.gamma()[j] - x));
             mass += entry;
             moved += entry != 0 ? entry * x : 0.0;  // 0 times +inf is 0, NaN stays
         }
@@ -195,14 +226,26 @@ OTKD_DEVICE void log_finish(const Problem<T>& p, double* shared) {
     }
 }
 
+template <class E, class T>
+OTKD_DEVICE void log_sweep(const Problem<T>& p, Phase phase, Part part, int64_t k, double* shared) {
+    if (phase == Phase::rows) log_rows<E>(p, part, k);
+    if (phase == Phase::columns) log_columns<E>(p, part, k, shared);
+    if (phase == Phase::plan_rows) log_plan_rows<E>(p, part);
+}
+
 template <class T>
 OTKD_DEVICE void log_phase(const Problem<T>& p, Phase phase, Part part, int64_t k, double* shared) {
-    if (phase == Phase::start) log_start(p);
-    if (phase == Phase::rows) log_rows(p, part, k);
-    if (phase == Phase::columns) log_columns(p, part, k, shared);
-    if (phase == Phase::plan_rows) log_plan_rows(p, part);
-    if (phase == Phase::control) log_control(p, k, shared);
-    if (phase == Phase::finish) log_finish(p, shared);
+    if (phase == Phase::range) return log_range_rows(p, part);
+    if (phase == Phase::control) return log_control(p, k, shared);
+    if (phase == Phase::finish) return log_finish(p, shared);
+    if (phase == Phase::start) {
+        log_start(p);
+        barrier();
+        if (sizeof(T) == sizeof(float)) log_width(p, shared);
+        return;
+    }
+    if (p.state()->wide) return log_sweep<double>(p, phase, part, k, shared);
+    if constexpr (sizeof(T) == sizeof(float)) log_sweep<float>(p, phase, part, k, shared);
 }
 
 template <class T>
@@ -218,12 +261,12 @@ OTKD_CALL void log_solve(const Batch<T>& batch, int64_t index, double* shared) {
     log_start(p);
     barrier();
     for (int64_t k = 0; k < p.args.num_iters; ++k) {
-        log_rows(p, all, k);
+        log_rows<double>(p, all, k);
         barrier();
-        log_columns(p, all, k, shared);
+        log_columns<double>(p, all, k, shared);
         if (p.args.tol > 0 || (p.args.relaxation == 0 && auto_due(k + 1))) {
             barrier();
-            log_plan_rows(p, all);
+            log_plan_rows<double>(p, all);
             barrier();
             log_control(p, k, shared);
             barrier();
@@ -231,15 +274,12 @@ OTKD_CALL void log_solve(const Batch<T>& batch, int64_t index, double* shared) {
         }
     }
     barrier();
-    log_plan_rows(p, all);
+    log_plan_rows<double>(p, all);
     barrier();
     log_finish(p, shared);
 }
 
-template <class T>
-int64_t log_shared_bytes(int threads) {
-    return threads * static_cast<int64_t>(sizeof(double) + sizeof(T));
-}
+inline int64_t log_shared_bytes(int threads) { return threads * 2 * int64_t{sizeof(double)}; }
 
 }  // namespace
 }  // namespace cuda

@@ -36,8 +36,8 @@ struct Penalty {
 // The state of one loop in the log domain.
 struct State {
     double omega, error_before;
-    int64_t ran;
-    int64_t running;
+    int64_t ran, running;
+    int64_t wide;  // exponentials are taken in double
 };
 
 // A batch of problems as the kernels get it.

@@ -11,27 +11,11 @@
 // the potentials to start from, at most 60 (float) or 600 (double). Else, and where a sum leaves the safe range on the way, the
 // caller goes on in the log domain.
 #pragma once
-#include "sinkhorn_problem.h"
+#include "sinkhorn_range.h"
 
 namespace otkd_fast {
 namespace cuda {
 namespace {
-
-template <class S>
-struct Limits;
-template <>
-struct Limits<float> {
-    static constexpr double kRange = 60, kLow = 1e-25, kHigh = 1e25;
-};
-template <>
-struct Limits<double> {
-    static constexpr double kRange = 600, kLow = 1e-200, kHigh = 1e200;
-};
-
-template <class S>
-OTKD_DEVICE bool safe(S sum) {
-    return sum >= static_cast<S>(Limits<S>::kLow) && sum <= static_cast<S>(Limits<S>::kHigh);
-}
 
 // Sums over the warp of kRows values a lane; the result is that of row lane / (32 / kRows).
 template <int kRows, int kOffset = 16, class S>

@@ -308,9 +308,9 @@ OTKD_DEVICE S shuffle(S value, int lane) {
     const int own = machine.thread() % 32, turn = warp.turn[own];
     warp.turn[own] ^= 1;
     if (lane < 0 || lane > 31) machine.stop("a shuffle from lane " + std::to_string(lane));
+    if (machine.warp_alive(machine.thread() / 32) < 32) machine.stop("a shuffle of a warp that some lanes have left");
     std::memcpy(&warp.slot[turn][own], &value, sizeof value);
     machine.meet(warp.meeting, "shuffle", false);
-    if (machine.warp_alive(machine.thread() / 32) < 32) machine.stop("a shuffle of a warp that some lanes have left");
     std::memcpy(&value, &warp.slot[turn][lane], sizeof value);
     return value;
 }
