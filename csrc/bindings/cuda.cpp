@@ -113,8 +113,10 @@ SinkdArgs<T> sinkd_args(const Sinkd& call) {
     return args;
 }
 
-int64_t loss_workspace(int dtype, const Sinkd& call) {
-    return with_type(dtype, [&](auto type) { return cuda::sinkd_workspace_bytes(sinkd_args<decltype(type)>(call)); });
+int64_t loss_workspace(int dtype, const Sinkd& call, const Place& place) {
+    return with_type(dtype, [&](auto type) {
+        return cuda::sinkd_workspace_bytes(sinkd_args<decltype(type)>(call), target_of(place));
+    });
 }
 
 void loss_and_gradient(int dtype, const Sinkd& call, const Place& place) {

@@ -1,17 +1,20 @@
 // SinKD's batch-wise loss and its gradient (reference/sinkd.py): softmax, L1 cost, Sinkhorn rows first, <P, C>, and the
 // gradient for an incoming 1, times `scale`.
 //
-// The kernels of cost_matrix.cu and sinkhorn.cu one after the other on the call's workspace: any size, any epsilon.
+// n, m <= 128, d <= 1024, as far as shared memory holds the costs: one launch, a block a problem, value and gradient
+// together (sinkd_tile.h); no (n, m) tensor in global memory. Else the kernels of cost_matrix.cu and sinkhorn.cu one after the
+// other on the call's workspace: any size, any epsilon.
 #include "otkd_fast/sinkd.h"
 
 #include "otkd_fast/cuda.h"
-#include "runtime.h"
+#include "sinkd_tile.h"
 
 namespace otkd_fast {
 namespace cuda {
 namespace {
 
 constexpr int kFillThreads = 128;
+constexpr int64_t kLongestRow = 1024;  // of a problem that one block solves
 
 // values *= scale where `multiply`, else values = scale
 template <class T>
@@ -28,7 +31,7 @@ struct Pieces {
     T *grad_cost = nullptr, *incoming = nullptr;
     int64_t bytes = 0;
 
-    explicit Pieces(const SinkdArgs<T>& args) {
+    Pieces(const SinkdArgs<T>& args, bool fused) {
         const bool backward = args.grad_rows || args.grad_columns;
         cost.x = args.rows;
         cost.y = args.columns;
@@ -49,11 +52,13 @@ struct Pieces {
         solve.gradient = Gradient::unroll;
         solve.transport_cost = args.transport_cost;
         const int64_t entries = args.batch * args.n * args.m;
-        cost.workspace = take<T>(args, cost_matrix_workspace_bytes(cost) / int64_t{sizeof(T)});
-        cost.cost = take<T>(args, entries);
+        if (!fused) {
+            cost.workspace = take<T>(args, cost_matrix_workspace_bytes(cost) / int64_t{sizeof(T)});
+            cost.cost = take<T>(args, entries);
+        }
         solve.cost = cost.cost;
         if (backward) {
-            grad_cost = take<T>(args, entries);
+            if (!fused) grad_cost = take<T>(args, entries);
             incoming = take<T>(args, args.batch);
             solve.history = take<double>(args, args.batch * history_stride(solve));
         }
@@ -71,8 +76,29 @@ struct Pieces {
 };
 
 template <class T>
+OTKD_KERNEL(Middle<T>::kThreads, 1) sinkd_tile(OTKD_CONSTANT SinkdArgs<T> args, OTKD_CONSTANT Batch<T> solve, int64_t solver_bytes) {
+    SinkdTile<T, Middle<T>>(args, solve, block_id(), solver_bytes).run();
+}
+
+template <class T>
+bool fits_a_block(const SinkdArgs<T>& args, const Target& target) {
+    if (!Middle<T>::fits(args.n, args.m) || args.d > kLongestRow) return false;
+    return SinkdTile<T, Middle<T>>::shared_bytes(args.n, args.m) <= shared_memory_limit(target);
+}
+
+template <class T>
+void in_one_launch(const SinkdArgs<T>& args, const Target& target) {
+    Pieces<T> pieces(args, true);
+    const bool backward = args.grad_rows || args.grad_columns;
+    if (backward) pieces.solve.grad_transport_cost = pieces.incoming;
+    const int warps = Middle<T>::warps(args.n);
+    launch("sinkd_tile", sinkd_tile<T>, args.batch, 32 * warps, SinkdTile<T, Middle<T>>::shared_bytes(args.n, args.m), target,
+           args, make_batch(pieces.solve, false, backward), tile_shared_bytes<Middle<T>, T>(warps));
+}
+
+template <class T>
 void in_pieces(const SinkdArgs<T>& args, const Target& target) {
-    Pieces<T> pieces(args);
+    Pieces<T> pieces(args, false);
     const int64_t blocks = ceil_div(args.batch, kFillThreads);
     cost_matrix_fwd(pieces.cost, target);
     sinkhorn_fwd(pieces.solve, false, target);
@@ -95,18 +121,18 @@ void in_pieces(const SinkdArgs<T>& args, const Target& target) {
 }  // namespace
 
 template <class T>
-int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args) {
-    return Pieces<T>(args).bytes;
+int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args, const Target& target) {
+    return Pieces<T>(args, fits_a_block(args, target)).bytes;
 }
 
 template <class T>
 void sinkd_value_and_grad(const SinkdArgs<T>& args, const Target& target) {
     const DeviceGuard guard(target);
-    in_pieces(args, target);
+    fits_a_block(args, target) ? in_one_launch(args, target) : in_pieces(args, target);
 }
 
 #define OTKD_INSTANTIATE(T)                                       \
-    template int64_t sinkd_workspace_bytes(const SinkdArgs<T>&);  \
+    template int64_t sinkd_workspace_bytes(const SinkdArgs<T>&, const Target&); \
     template void sinkd_value_and_grad(const SinkdArgs<T>&, const Target&);
 OTKD_INSTANTIATE(float)
 OTKD_INSTANTIATE(double)

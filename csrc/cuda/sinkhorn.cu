@@ -9,9 +9,7 @@
 // 8 rows (double: 8 of 16); 192 x 192: 12 warps of 16 rows.
 #include "otkd_fast/cuda.h"
 
-#include "sinkhorn_log_bwd.h"
-#include "sinkhorn_tile_bwd.h"
-#include "sinkhorn_tile_fwd.h"
+#include "sinkhorn_shapes.h"
 
 namespace otkd_fast {
 namespace cuda {
@@ -19,31 +17,19 @@ namespace {
 
 constexpr int kPhaseThreads = 256, kMostParts = 4096;
 
-template <int kGroups_, int kRows_, int kColumns_, int kWarps_>
-struct Shape {
-    static constexpr int kGroups = kGroups_, kRows = kRows_, kColumns = kColumns_, kThreads = 32 * kWarps_;
-    static int warps(int64_t n) { return static_cast<int>(ceil_div(n, kGroups * kRows)); }
-    static bool fits(int64_t n, int64_t m) { return warps(n) <= kWarps_ && m <= 32 * kColumns; }
-};
-using Tiny = Shape<1, 16, 1, 1>;
-using Narrow = Shape<1, 8, 1, 8>;
-using Middle = Shape<1, 8, 4, 16>;
-using MiddleDouble = Shape<2, 8, 4, 8>;  // 128 registers of kernel a thread
-using Wide = Shape<2, 8, 6, 12>;
-
 template <class T, class S>
 OTKD_KERNEL(S::kThreads) solve_tile(OTKD_CONSTANT Batch<T> batch) {
     const Problem<T> p(batch, block_id());
     if (TileForward<T, S::kGroups, S::kRows, S::kColumns>::solve(p)) return;
     barrier();
-    log_solve(batch, block_id(), reinterpret_cast<double*>(shared_memory()));
+    log_solve(batch, p.index, p.cost, reinterpret_cast<double*>(shared_memory()));
 }
 
 template <class T, class S>
 OTKD_KERNEL(S::kThreads) differentiate_tile(OTKD_CONSTANT Batch<T> batch) {
     const Problem<T> p(batch, block_id());
     if (p.history()[0] == static_cast<int>(Method::log)) {
-        log_backward(batch, block_id(), reinterpret_cast<double*>(shared_memory()));
+        log_backward(batch, p.index, p.cost, p.grad_cost, reinterpret_cast<double*>(shared_memory()));
         return;
     }
     TileBackward<T, S::kGroups, S::kRows, S::kColumns>(p).run();
@@ -69,26 +55,11 @@ template <class T, class Body>
 bool with_shape(int64_t n, int64_t m, Body body) {
     if (Tiny::fits(n, m)) return body(Tiny{}), true;
     if (Narrow::fits(n, m)) return body(Narrow{}), true;
-    if constexpr (sizeof(T) == sizeof(double)) {
-        if (MiddleDouble::fits(n, m)) return body(MiddleDouble{}), true;
-    } else {
-        if (Middle::fits(n, m)) return body(Middle{}), true;
+    if (Middle<T>::fits(n, m)) return body(Middle<T>{}), true;
+    if constexpr (sizeof(T) == sizeof(float)) {
         if (Wide::fits(n, m)) return body(Wide{}), true;
     }
     return false;
-}
-
-template <class T>
-Batch<T> make_batch(const SinkhornArgs<T>& args, bool shared_cost, bool backward) {
-    const int64_t most = args.gradient == Gradient::unroll ? args.num_iters : args.gradient == Gradient::last_step;
-    const int64_t steps = backward ? most : 0;
-    return {args, shared_cost ? 0 : args.n * args.m, history_stride(args),
-            Problem<T>::doubles(args.n, args.m, steps, backward), steps};
-}
-
-template <class S, class T>
-int64_t tile_shared_bytes(int warps) {
-    return larger(TileMemory<T, S::kColumns>::bytes(warps), log_shared_bytes(warps * 32));
 }
 
 // Launches of the large problems.

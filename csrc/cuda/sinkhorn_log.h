@@ -253,10 +253,10 @@ inline bool watches(const SinkhornArgs<T>& args, int64_t k) {
     return args.tol > 0 || (args.relaxation == 0 && (k + 1 == 9 || (k + 1) % 10 == 0));
 }
 
-// A whole solve by one block. `shared`: log_shared_bytes.
+// A whole solve by one block. `shared`: log_shared_bytes. A call, so that its registers are not those of the tiles.
 template <class T>
-OTKD_CALL void log_solve(const Batch<T>& batch, int64_t index, double* shared) {
-    const Problem<T> p(batch, index);
+OTKD_CALL void log_solve(const Batch<T>& batch, int64_t index, const T* cost, double* shared) {
+    const Problem<T> p(batch, index, cost, nullptr);
     const Part all{0, 1};
     log_start(p);
     barrier();

@@ -138,10 +138,9 @@ OTKD_DEVICE void adjoint_columns(const Trace<T>& t, Part part, int64_t k, double
 }
 
 template <class T>
-OTKD_DEVICE void cost_gradient(const Trace<T>& t, Part part) {
+OTKD_DEVICE void log_cost_gradient(const Trace<T>& t, Part part) {
     const Problem<T>& p = t.p;
     const double of_transport = p.incoming(p.args.grad_transport_cost), of_dual = p.incoming(p.args.grad_regularized_cost);
-    T* out = p.args.grad_cost + p.index * p.n * p.m;
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         for (int64_t j = lane_id(); j < p.m; j += 32) {
             const double x = p.exponent(i, j), entry = exp(t.phi[i] + t.gamma[j] - x);
@@ -152,7 +151,7 @@ OTKD_DEVICE void cost_gradient(const Trace<T>& t, Part part) {
             }
             const double slope = t.steps > 0 ? 1 - x : 1.0;
             const double value = entry * (of_transport * slope + of_dual) + rest / p.args.epsilon;
-            out[i * p.m + j] = x == kInfinity ? T(0) : static_cast<T>(value);
+            p.grad_cost[i * p.m + j] = x == kInfinity ? T(0) : static_cast<T>(value);
         }
     }
 }
@@ -184,14 +183,14 @@ OTKD_DEVICE void log_backward_phase(const Problem<T>& p, BackwardPhase phase, Pa
     if (phase == BackwardPhase::first_columns && t.steps > 0) first_columns(t, part, shared);
     if (phase == BackwardPhase::rows) adjoint_rows(t, part, k);
     if (phase == BackwardPhase::columns) adjoint_columns(t, part, k, shared);
-    if (phase == BackwardPhase::cost && p.args.grad_cost) cost_gradient(t, part);
+    if (phase == BackwardPhase::cost && p.grad_cost) log_cost_gradient(t, part);
     if (phase == BackwardPhase::marginals) marginal_gradients(t, shared);
 }
 
 // The whole backward by one block. `shared`: a double a thread.
 template <class T>
-OTKD_CALL void log_backward(const Batch<T>& batch, int64_t index, double* shared) {
-    const Problem<T> p(batch, index);
+OTKD_CALL void log_backward(const Batch<T>& batch, int64_t index, const T* cost, T* grad_cost, double* shared) {
+    const Problem<T> p(batch, index, cost, grad_cost);
     const Trace<T> t(p);
     const Part all{0, 1};
     if (t.steps > 0) {
@@ -205,7 +204,7 @@ OTKD_CALL void log_backward(const Batch<T>& batch, int64_t index, double* shared
         adjoint_columns(t, all, k, shared);
         barrier();
     }
-    if (p.args.grad_cost) cost_gradient(t, all);
+    if (p.grad_cost) log_cost_gradient(t, all);
     marginal_gradients(t, shared);
 }
 

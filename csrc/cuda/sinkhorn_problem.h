@@ -57,11 +57,15 @@ struct Problem {
     const SinkhornArgs<T>& args;
     int64_t index, n, m;
     const T* cost;  // (n, m)
+    T* grad_cost;   // (n, m) or null; may be the cost's own memory
     double* memory;
 
-    OTKD_DEVICE Problem(const Batch<T>& all, int64_t at)
-        : batch(all), args(all.args), index(at), n(all.args.n), m(all.args.m), cost(all.args.cost + at * all.cost_stride),
+    OTKD_DEVICE Problem(const Batch<T>& all, int64_t at, const T* own_cost, T* own_grad)
+        : batch(all), args(all.args), index(at), n(all.args.n), m(all.args.m), cost(own_cost), grad_cost(own_grad),
           memory(reinterpret_cast<double*>(all.args.workspace) + at * all.workspace_stride) {}
+    OTKD_DEVICE Problem(const Batch<T>& all, int64_t at)
+        : Problem(all, at, all.args.cost + at * all.cost_stride,
+                  all.args.grad_cost ? all.args.grad_cost + at * all.args.n * all.args.m : nullptr) {}
 
     OTKD_DEVICE double mass_a(int64_t i) const {
         return args.a ? static_cast<double>(args.a[index * n + i]) : 1.0 / static_cast<double>(n);

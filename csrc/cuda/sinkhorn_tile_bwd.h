@@ -53,7 +53,7 @@ class TileBackward {
             first_adjoint(first);
             adjoint_loop(first, sum_phi);
         }
-        if (p.args.grad_cost) cost_gradient();
+        if (p.grad_cost) cost_gradient();
         if (p.args.grad_a || p.args.grad_b) marginals(sum_phi);
     }
 
@@ -180,7 +180,6 @@ class TileBackward {
                 for (int c = 0; c < kColumns; ++c) acc[r][c] += own_u * own_w[c] + own_z * own_v[c];
             }
         }
-        T* out = p.args.grad_cost + p.index * p.n * p.m;
         OTKD_UNROLL
         for (int r = 0; r < kChunk; ++r) {
             const int i = Own::row(g, r0 + r);
@@ -194,7 +193,7 @@ class TileBackward {
                     const T direct = transport * (1 - (p.cost[i * m + j] - low) * slope) + dual;
                     value = k * (u[i] * v[j] * direct + acc[r][c] * inverse);
                 }
-                out[i * m + j] = value;
+                p.grad_cost[i * m + j] = value;
             }
         }
     }

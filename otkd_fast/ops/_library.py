@@ -101,16 +101,21 @@ def workspace(num_bytes: int) -> Tensor:
     return kept
 
 
+def place(like: Tensor) -> tuple[int, int]:
+    """Device and current stream of `like` for the CUDA half; 0, 0 for a CPU tensor, which is on the tests' emulator."""
+    if not like.is_cuda:
+        return 0, 0
+    return like.device.index, torch._C._cuda_getCurrentRawStream(like.device.index)
+
+
 def launch(op: str, like: Tensor, function: str, *arguments) -> None:
     """Call the CUDA half's `function` on the device of `like` and the stream that is current there.
 
     Raises:
         RuntimeError: a kernel was not launched; says which op, shape, device and architecture, and what may help.
     """
-    device = like.device.index or 0  # a CPU tensor: the emulator of the tests
-    stream = torch._C._cuda_getCurrentRawStream(device) if like.is_cuda else 0
     try:
-        getattr(cuda, function)(*arguments, (device, stream))
+        getattr(cuda, function)(*arguments, place(like))
     except RuntimeError as error:
         raise RuntimeError(_failure(op, like, str(error))) from error
 

@@ -85,7 +85,7 @@ def _cuda(
         )  # fmt: skip
         code = dtype_code(rows)
         call = (*map(address, operands), 0, *results, *call)
-        scratch = _library.cuda_workspace(rows, _library.cuda.sinkd_workspace(code, call))
+        scratch = _library.cuda_workspace(rows, _library.cuda.sinkd_workspace(code, call, _library.place(rows)))
         call = (*call[:4], address(scratch), *call[5:])
         _library.launch("sinkd", rows, "sinkd_value_and_grad", code, call)
     return transport_cost.to(dtype), *(grad.to(dtype) for grad in grads)

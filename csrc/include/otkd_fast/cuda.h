@@ -29,7 +29,7 @@ template <class T>
 void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
 
 template <class T>
-int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args);
+int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args, const Target& target);
 template <class T>
 void sinkd_value_and_grad(const SinkdArgs<T>& args, const Target& target);
 
