@@ -33,7 +33,7 @@ OPS = (
 # ops that have kernels and a public function that uses them, by backend; the reference has all
 KERNELS = {
     "cpu": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkhorn_points", "sinkd"),
-    "cuda": (),
+    "cuda": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkd"),
     "triton": (),
 }
 

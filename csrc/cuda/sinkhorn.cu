@@ -18,7 +18,7 @@ namespace {
 constexpr int kPhaseThreads = 256, kMostParts = 4096;
 
 template <class T, class S>
-OTKD_KERNEL(S::kThreads) solve_tile(OTKD_CONSTANT Batch<T> batch) {
+OTKD_KERNEL(S::kThreads, 1) solve_tile(OTKD_CONSTANT Batch<T> batch) {
     const Problem<T> p(batch, block_id());
     if (TileForward<T, S::kGroups, S::kRows, S::kColumns>::solve(p)) return;
     barrier();
@@ -26,7 +26,7 @@ OTKD_KERNEL(S::kThreads) solve_tile(OTKD_CONSTANT Batch<T> batch) {
 }
 
 template <class T, class S>
-OTKD_KERNEL(S::kThreads) differentiate_tile(OTKD_CONSTANT Batch<T> batch) {
+OTKD_KERNEL(S::kThreads, 1) differentiate_tile(OTKD_CONSTANT Batch<T> batch) {
     const Problem<T> p(batch, block_id());
     if (p.history()[0] == static_cast<int>(Method::log)) {
         log_backward(batch, p.index, p.cost, p.grad_cost, reinterpret_cast<double*>(shared_memory()));

@@ -15,7 +15,7 @@ template <class T, int kGroups, int kRows, int kColumns>
 class TileBackward {
     using Own = Tile<T, kGroups, kRows, kColumns>;
     using Memory = TileMemory<T, kColumns>;
-    static constexpr int kChunk = kColumns == 6 ? 2 : kColumns == 4 ? 4 : 8;
+    static constexpr int kChunk = kColumns > 1 ? 2 : 8;
 
     const Problem<T>& p;
     const Memory memory;
