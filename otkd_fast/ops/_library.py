@@ -130,14 +130,14 @@ def _failure(op: str, like: Tensor, error: str) -> str:
         if "no kernel image" in error or "PTX" in error or "invalid device function" in error:
             help_ = (
                 f". This build of otkd_fast has kernels for {built}; in a clone, OTKD_FAST_CUDA_ARCHS={major}{minor} "
-                "pip install --force-reinstall --no-deps . builds them for this GPU; backend='reference' runs without them"
+                "pip install --force-reinstall --no-deps . builds them for this GPU; backend='reference' needs none"
             )
     dtype = str(like.dtype).removeprefix("torch.")
     return f"{op} on {tuple(like.shape)} {dtype} on {where}: {error}{help_}"
 
 
 def cuda_workspace(like: Tensor, num_bytes: int) -> Tensor:
-    """Scratch memory of one call on the device of `like`; PyTorch's allocator keeps it for later calls of the stream."""
+    """Scratch memory of one call on the device of `like`; PyTorch's allocator keeps it for the stream's later calls."""
     return like.new_empty(num_bytes, dtype=torch.uint8)
 
 

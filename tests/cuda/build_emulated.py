@@ -18,8 +18,8 @@ KERNELS = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.
 SOURCES = [*KERNELS, HERE / "emulator_settings.cpp", HERE / "faulty.cpp"]
 MODULE = [ROOT / "csrc" / "bindings" / "cuda.cpp", HERE / "module.cpp"]
 FLAGS = [
-    "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc' / 'include'}",
-    f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{HERE}", '-DOTKD_FAST_EMULATOR="emulator.h"',
+    "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden",
+    f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{HERE}", '-DOTKD_FAST_EMULATOR="emulator.h"',
 ]  # fmt: skip
 
 

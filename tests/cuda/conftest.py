@@ -7,13 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from otkd_fast.functional import _sinkhorn_function, cost_matrix, sinkd
-from otkd_fast.ops import _library, sinkhorn_shared, sinkhorn
-from otkd_fast.ops import cost_matrix as cost_matrix_op
-from otkd_fast.ops import sinkd as sinkd_op
-
 sys.path.insert(0, str(Path(__file__).parent))
-import build_emulated  # noqa: E402
+import emulated_backend  # noqa: E402
 
 GUARD = 64  # elements before and after each tensor that an op makes
 
@@ -21,9 +16,7 @@ GUARD = 64  # elements before and after each tensor that an op makes
 @pytest.fixture(scope="session")
 def emulated_core(request):
     """The module built from csrc/cuda on the emulator."""
-    if build_emulated.COMPILER is None:
-        pytest.skip("no C++ compiler")
-    return build_emulated.emulated_module(Path(request.config.cache.mkdir("cuda_emulator")))
+    return emulated_backend.core(request.config)
 
 
 class GuardBands(TorchDispatchMode):
@@ -54,13 +47,7 @@ class GuardBands(TorchDispatchMode):
 @pytest.fixture
 def emulated(emulated_core, monkeypatch):
     """backend='cpu' runs the CUDA implementations on the emulator; the fixture is the emulated module."""
-    monkeypatch.setattr(_library, "cuda", emulated_core)
-    for direction, table in (("fwd", _sinkhorn_function._FORWARD), ("bwd", _sinkhorn_function._BACKWARD)):
-        monkeypatch.setitem(table["dense"], "cpu", getattr(sinkhorn, f"_{direction}_cuda"))
-        monkeypatch.setitem(table["shared"], "cpu", getattr(sinkhorn_shared, f"_{direction}_cuda"))
-    monkeypatch.setitem(cost_matrix._FORWARD, "cpu", cost_matrix_op._fwd_cuda)
-    monkeypatch.setitem(cost_matrix._BACKWARD, "cpu", cost_matrix_op._bwd_cuda)
-    monkeypatch.setitem(sinkd._VALUE_AND_GRAD, "cpu", sinkd_op._cuda)
+    emulated_backend.replace(emulated_core, monkeypatch)
     yield emulated_core
     emulated_core.set_order(0)
     emulated_core.set_shared_limit(99 * 1024)

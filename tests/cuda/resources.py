@@ -82,7 +82,7 @@ def worse(measured, table):
         for name in sorted(kernels.keys() | table[arch].keys()):
             new, old = kernels.get(name), table[arch].get(name)
             if new is None or old is None:
-                found.append(f"sm_{arch} {name}: {'not in the table' if old is None else 'in the table, but not built'}")
+                found.append(f"sm_{arch} {name}: {'not in the table' if old is None else 'in the table only'}")
             elif any(one > other for one, other in zip(new, old, strict=True)):
                 found.append(f"sm_{arch} {name}: {new}, the table has {old}")
     return found

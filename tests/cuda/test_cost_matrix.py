@@ -56,7 +56,8 @@ def test_near_coincident_rows_keep_their_digits(metric, emulated, generator):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_order_of_threads_does_not_matter(metric, guarded, emulated, generator):
-    x, y = random_rows(66, 70, generator=generator).float(), random_rows(3, 70, generator=generator, zero_rows=1).float()
+    x = random_rows(66, 70, generator=generator).float()
+    y = random_rows(3, 70, generator=generator, zero_rows=1).float()
     first = check(x, y, metric, 1.5, guard=guarded)
     for order in (1, 2, 3):
         emulated.set_order(order)
@@ -83,6 +84,7 @@ def test_not_a_number_stays_one(emulated):
     x[1, 1] = torch.nan
     for metric in METRICS:
         for temperature in (None, 1.0):
-            cost = otkd_fast.cost_matrix(x, torch.ones(2, 3) * 2, metric=metric, softmax_temperature=temperature, backend="cpu")
+            options = dict(metric=metric, softmax_temperature=temperature, backend="cpu")
+            cost = otkd_fast.cost_matrix(x, torch.ones(2, 3) * 2, **options)
             assert cost[1].isnan().all()
             assert cost[0].isfinite().all()
