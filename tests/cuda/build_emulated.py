@@ -7,6 +7,7 @@ import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -53,17 +54,18 @@ def content():
 
 def emulated_module(cache: Path):
     """The module, built into `cache` unless it is there."""
-    folder = cache / content()
-    library = folder / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
+    library = cache / (content() + sysconfig.get_config_var("EXT_SUFFIX"))
     if not library.exists():
-        for old in cache.iterdir():
-            shutil.rmtree(old)
-        folder.mkdir()
+        old = list(cache.glob("*" + sysconfig.get_config_var("EXT_SUFFIX")))
         # PyTorch brings the headers of pybind11; its own library is not linked
         python = [f"-isystem{Path(torch.__file__).parent / 'include'}", f"-I{sysconfig.get_paths()['include']}"]
-        objects = compile_objects([*MODULE, *SOURCES], folder, ["-O1", *python])
-        run(COMPILER, "-shared", *objects, "-o", folder / "building")
-        (folder / "building").rename(library)
+        with TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / NAME
+            objects = compile_objects([*MODULE, *SOURCES], Path(folder), ["-O1", *python])
+            run(COMPILER, "-shared", *objects, "-o", built)
+            built.replace(library)
+        for path in old:
+            path.unlink(missing_ok=True)
     spec = importlib.util.spec_from_file_location(NAME, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
