@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kerne
 # a Python started here must see the installed package, not the folder otkd_fast/ beside this file
 export PYTHONSAFEPATH = 1
 
-.PHONY: help test demo bench docs wheel lint info clean
+.PHONY: help test demo bench gpu docs wheel lint info clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -35,6 +35,9 @@ demo: $(VENV)/.demo ## distill a student on handwritten digits; table, plot and 
 bench: $(VENV)/.demo ## time the kernels against POT, geomloss and PyTorch; bench/results/cpu.json and tables
 	PYTHONPATH=. $(BIN)/python -m bench run $(ARGS)
 	PYTHONPATH=. $(BIN)/python -m bench report
+
+gpu: $(VENV)/.test $(VENV)/.demo ## on a machine with a GPU: tests on it, graphs, sanitizer, accuracy and speed; bench/results/<device>.json
+	PYTHONPATH=. $(BIN)/python -m bench.gpu $(ARGS)
 
 docs: $(VENV)/.docs ## the documentation as a site in build/docs; warnings are errors
 	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
