@@ -1,10 +1,13 @@
 """The emulator finds the faults that it is there for."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import otkd_fast
+from otkd_fast.ops import _library
 from otkd_fast.testing import random_problem
 
 SUM, NO_BARRIER, OVERRUN, UNWRITTEN, LONELY_BARRIER, LONELY_SHUFFLE, ODD_BLOCK = range(7)
@@ -50,3 +53,18 @@ def test_a_launch_that_fails_names_op_shape_and_device(emulated, generator):
     emulated.set_shared_limit(1024)
     with pytest.raises(RuntimeError, match=r"sinkhorn on \(2, 6, 7\) float64 on cpu: .*solve_tile: .* shared memory"):
         otkd_fast.sinkhorn(*problem, epsilon=0.1, num_iters=2, backend="cpu")
+
+
+def test_an_architecture_that_was_not_built_names_the_command(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    native = SimpleNamespace(build_info=lambda: {"cuda_architectures": "80 90 90+PTX"})
+    monkeypatch.setattr(_library, "native", native)
+    cost = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), shape=(2, 3), dtype=torch.float32)
+    text = _library._failure("sinkhorn", cost, "kernel x: no kernel image is available for execution on the device")
+    assert text.startswith(
+        "sinkhorn on (2, 3) float32 on cuda:1 (some GPU, architecture 99): kernel x: no kernel image"
+    )
+    assert "has kernels for 80 90 90+PTX" in text
+    assert "OTKD_FAST_CUDA_ARCHS=99 pip install" in text
+    assert "OTKD_FAST_CUDA_ARCHS" not in _library._failure("sinkhorn", cost, "kernel x: out of memory")
