@@ -18,7 +18,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kerne
 # a Python started here must see the installed package, not the folder otkd_fast/ beside this file
 export PYTHONSAFEPATH = 1
 
-.PHONY: help test demo bench gpu docs wheel lint info clean
+.PHONY: help test demo bench gpu docs wheel ptxas lint info clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -61,6 +61,9 @@ wheel: ## a wheel for others in dist/: make wheel CUDA=cpu, or CUDA=13.0 [ARCHS=
 
 info: $(VENV)/.package ## what is installed, what runs where, and a self-test
 	$(BIN)/python -m otkd_fast $(ARGS)
+
+ptxas: $(VENV)/.venv ## with nvcc: registers and spills of the CUDA kernels to csrc/cuda/resources.json (minutes)
+	$(BIN)/python tests/cuda/resources.py --write
 
 lint: $(VENV)/.ruff ## ruff
 	$(BIN)/ruff check .

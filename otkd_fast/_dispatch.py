@@ -44,7 +44,7 @@ KERNELS = {
         "gaussian_wasserstein",
         "feature_moments",
     ),
-    "cuda": (),
+    "cuda": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkd"),
     "triton": (),
 }
 

@@ -40,5 +40,6 @@ void bind_gaussian(pybind11::module_& module);
 void bind_moments(pybind11::module_& module);
 void bind_polar(pybind11::module_& module);
 void bind_sqrtm(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);  // where OTKD_FAST_WITH_CUDA is defined
 
 }  // namespace otkd_fast

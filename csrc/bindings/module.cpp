@@ -78,6 +78,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("thread_source", &thread_source);
 #ifdef OTKD_FAST_WITH_CUDA
     module.def("cuda_info", &cuda_info_dict);
+    pybind11::module_ cuda_part = module.def_submodule("cuda", "The CUDA kernels: addresses on a device, a stream.");
+    bind_cuda(cuda_part);
 #endif
     bind_cost_matrix(module);
     bind_sinkhorn(module);

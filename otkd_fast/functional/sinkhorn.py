@@ -120,7 +120,7 @@ def sinkhorn(
     shared = len(batch) + 2 > cost.dim()
     op = "sinkhorn_shared" if shared else "sinkhorn"
     backend = resolve(op, cost.device, backend)
-    if backend == "reference":
+    if backend == "reference" or backend == "cuda" and gradient == "implicit":  # no kernels of the linear solve there
         solve = _reference
     else:
         solve = partial(_shared if shared else _dense, backend)

@@ -7,9 +7,13 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from .. import _triton
 from .._native import module as native
+
+# the CUDA half of the native module, None where it was not built; the tests put an emulated one here
+cuda = getattr(native, "cuda", None)
 
 LIBRARY = torch.library.Library("otkd_fast", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1}
@@ -36,7 +40,7 @@ def register(
     _define(schema, fake)
     if native is not None:
         LIBRARY.impl(name, cpu, "CPU")
-        if cuda is not None:
+        if cuda is not None and native.build_info()["cuda"]:
             LIBRARY.impl(name, cuda, "CUDA")
     if triton is not None:
         _define(schema.replace(name, f"{name}_triton", 1), triton_fake or fake)
@@ -69,7 +73,7 @@ def operators(name: str) -> dict[str, torch._ops.OpOverload]:
     return {"cpu": op, "cuda": op} | ({} if twin is None else {"triton": twin.default})
 
 
-def dtype_code(tensor: torch.Tensor) -> int:
+def dtype_code(tensor: Tensor) -> int:
     """Code of float32 or float64 for the native module."""
     try:
         return DTYPE_CODES[tensor.dtype]
@@ -77,17 +81,17 @@ def dtype_code(tensor: torch.Tensor) -> int:
         raise TypeError(f"the operators of otkd_fast take float32 or float64, got {tensor.dtype}") from None
 
 
-def address(tensor: torch.Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     """Where the data starts; 0 for an operand that is absent (PyTorch's own answer where it has no elements)."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor in memory order (gradients come expanded, with stride 0); None stays None."""
     return None if tensor is None else tensor.contiguous()
 
 
-def workspace(num_bytes: int) -> torch.Tensor:
+def workspace(num_bytes: int) -> Tensor:
     """Scratch memory of one call, kept from call to call by each thread, so that its pages are touched once."""
     if num_bytes > _KEPT_WORKSPACE_BYTES:
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -95,6 +99,46 @@ def workspace(num_bytes: int) -> torch.Tensor:
     if kept is None or kept.numel() < num_bytes:
         kept = _kept.tensor = torch.empty(max(num_bytes, 1 << 16), dtype=torch.uint8)
     return kept
+
+
+def place(like: Tensor) -> tuple[int, int]:
+    """Device and current stream of `like` for the CUDA half; 0, 0 for a CPU tensor, which is on the tests' emulator."""
+    if not like.is_cuda:
+        return 0, 0
+    return like.device.index, torch._C._cuda_getCurrentRawStream(like.device.index)
+
+
+def launch(op: str, like: Tensor, function: str, *arguments) -> None:
+    """Call the CUDA half's `function` on the device of `like` and the stream that is current there.
+
+    Raises:
+        RuntimeError: a kernel was not launched; says which op, shape, device and architecture, and what may help.
+    """
+    try:
+        getattr(cuda, function)(*arguments, place(like))
+    except RuntimeError as error:
+        raise RuntimeError(_failure(op, like, str(error))) from error
+
+
+def _failure(op: str, like: Tensor, error: str) -> str:
+    """`error` of a launch in the words of the caller."""
+    where, help_ = str(like.device), ""
+    if like.is_cuda:
+        major, minor = torch.cuda.get_device_capability(like.device)
+        where += f" ({torch.cuda.get_device_name(like.device)}, architecture {major}{minor})"
+        built = native.build_info()["cuda_architectures"]
+        if "no kernel image" in error or "PTX" in error or "invalid device function" in error:
+            help_ = (
+                f". This build of otkd_fast has kernels for {built}; in a clone, OTKD_FAST_CUDA_ARCHS={major}{minor} "
+                "pip install --force-reinstall --no-deps . builds them for this GPU; backend='reference' needs none"
+            )
+    dtype = str(like.dtype).removeprefix("torch.")
+    return f"{op} on {tuple(like.shape)} {dtype} on {where}: {error}{help_}"
+
+
+def cuda_workspace(like: Tensor, num_bytes: int) -> Tensor:
+    """Scratch memory of one call on the device of `like`; PyTorch's allocator keeps it for the stream's later calls."""
+    return like.new_empty(num_bytes, dtype=torch.uint8)
 
 
 def product(sizes: Sequence[int]) -> int:

@@ -1,4 +1,5 @@
-"""``cost_matrix_fwd`` and ``cost_matrix_bwd``: pairwise cost matrices (kernels: ``csrc/cpu/cost_matrix.cpp``)."""
+"""``cost_matrix_fwd`` and ``cost_matrix_bwd``: pairwise cost matrices (kernels: ``csrc/cpu/cost_matrix.cpp``,
+``csrc/cuda/cost_matrix.cu``)."""
 
 from __future__ import annotations
 
@@ -73,6 +74,45 @@ def _bwd_cpu(
     return _sum_to(grad_x, x, need_x), _sum_to(grad_y, y, need_y)
 
 
+def _cuda_call(x: Tensor, y: Tensor, cost: Tensor, metric: str, temperature_x: float, temperature_y: float):
+    """What the CUDA half is told of the costs, and the workspace, which has to outlive the call."""
+    batch, n, m, d = _sizes(x, y)
+    code = _library.dtype_code(x)
+    call = (
+        _library.product(batch), n, m, d, *_batch_strides(x, y, n, m, d), METRICS[metric], temperature_x, temperature_y,
+    )  # fmt: skip
+    scratch = _library.cuda_workspace(x, _library.cuda.cost_matrix_workspace(code, (0, 0, 0, 0, *call)))
+    return code, (address(x), address(y), address(cost), address(scratch), *call), scratch
+
+
+def _fwd_cuda(x: Tensor, y: Tensor, metric: str, temperature_x: float, temperature_y: float) -> Tensor:
+    x, y = x.contiguous(), y.contiguous()
+    cost = _fwd_fake(x, y, metric, temperature_x, temperature_y)
+    if cost.numel() == 0 or x.shape[-1] == 0:
+        return cost.zero_()
+    code, call, scratch = _cuda_call(x, y, cost, metric, temperature_x, temperature_y)
+    _library.launch("cost_matrix", cost, "cost_matrix_fwd", code, call)
+    return cost
+
+
+def _bwd_cuda(
+    x: Tensor, y: Tensor, cost: Tensor, grad_cost: Tensor, metric: str, temperature_x: float, temperature_y: float,
+    need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, y, cost, grad_cost = (operand.contiguous() for operand in (x, y, cost, grad_cost))
+    batch, n, m, d = _sizes(x, y)
+    grad_x = x.new_empty((*batch, n, d) if need_x else (0,))
+    grad_y = y.new_empty((*batch, m, d) if need_y else (0,))
+    if cost.numel() == 0:
+        grad_x.zero_()
+        grad_y.zero_()
+    elif grad_x.numel() or grad_y.numel():
+        code, call, scratch = _cuda_call(x, y, cost, metric, temperature_x, temperature_y)
+        grads = (address(grad) if grad.numel() else 0 for grad in (grad_x, grad_y))
+        _library.launch("cost_matrix", cost, "cost_matrix_bwd", code, call, address(grad_cost), *grads)
+    return _sum_to(grad_x, x, need_x), _sum_to(grad_y, y, need_y)
+
+
 def _sum_to(grad: Tensor, operand: Tensor, needed: bool) -> Tensor:
     """Sum over the batch where one operand was shared by it."""
     if not needed or grad.dim() == operand.dim():
@@ -84,10 +124,12 @@ _library.register(
     "cost_matrix_fwd(Tensor x, Tensor y, str metric, float temperature_x, float temperature_y) -> Tensor",
     _fwd_fake,
     _fwd_cpu,
+    cuda=_fwd_cuda,
 )
 _library.register(
     "cost_matrix_bwd(Tensor x, Tensor y, Tensor cost, Tensor grad_cost, str metric, float temperature_x, "
     "float temperature_y, bool need_x, bool need_y) -> (Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
+    cuda=_bwd_cuda,
 )

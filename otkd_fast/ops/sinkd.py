@@ -1,5 +1,5 @@
 """``sinkd_value_and_grad``: softmax, L1 cost, Sinkhorn rows first, <P, C> and its gradient in one op
-(``csrc/cpu/sinkd.cpp``).
+(``csrc/cpu/sinkd.cpp``, ``csrc/cuda/sinkd.cu``).
 
 Value and gradients are multiplied by ``scale``. The gradients come with the value, for an incoming gradient of 1: the
 backward of the loss only multiplies them by the one that comes. An L1 cost of softmax rows is at most 2; where
@@ -62,10 +62,40 @@ def _cpu(
     return transport_cost.to(dtype), grad_rows.to(dtype), grad_columns.to(dtype)
 
 
+def _cuda(
+    rows: Tensor, columns: Tensor, weights_rows: Tensor | None, weights_columns: Tensor | None,
+    temperature_rows: float, temperature_columns: float, epsilon: float, num_iters: int, scale: float,
+    need_rows: bool, need_columns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = rows.dtype
+    if dtype == torch.float32 and epsilon * WIDE_RANGE < 2.0:
+        rows, columns, weights_rows, weights_columns = (
+            None if t is None else t.double() for t in (rows, columns, weights_rows, weights_columns)
+        )
+    operands = [contiguous(tensor) for tensor in (rows, columns, weights_rows, weights_columns)]
+    rows, columns = operands[:2]
+    *batch, n, d = rows.shape
+    transport_cost = rows.new_empty(batch)
+    grads = [rows.new_empty(t.shape if need else (0,)) for t, need in ((rows, need_rows), (columns, need_columns))]
+    if transport_cost.numel():
+        results = [address(transport_cost), *(address(grad) if grad.numel() else 0 for grad in grads)]
+        call = (
+            transport_cost.numel(), n, columns.shape[-2], d, num_iters, temperature_rows, temperature_columns, epsilon,
+            scale,
+        )  # fmt: skip
+        code = dtype_code(rows)
+        call = (*map(address, operands), 0, *results, *call)
+        scratch = _library.cuda_workspace(rows, _library.cuda.sinkd_workspace(code, call, _library.place(rows)))
+        call = (*call[:4], address(scratch), *call[5:])
+        _library.launch("sinkd", rows, "sinkd_value_and_grad", code, call)
+    return transport_cost.to(dtype), *(grad.to(dtype) for grad in grads)
+
+
 _library.register(
     "sinkd_value_and_grad(Tensor rows, Tensor columns, Tensor? weights_rows, Tensor? weights_columns, "
     "float temperature_rows, float temperature_columns, float epsilon, int num_iters, float scale, "
     "bool need_rows, bool need_columns) -> (Tensor, Tensor, Tensor)",
     _fake,
     _cpu,
+    cuda=_cuda,
 )

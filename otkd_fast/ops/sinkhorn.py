@@ -1,4 +1,5 @@
-"""``sinkhorn_fwd`` and ``sinkhorn_bwd``: Sinkhorn on a dense cost (kernels: ``csrc/cpu/sinkhorn.cpp``).
+"""``sinkhorn_fwd`` and ``sinkhorn_bwd``: Sinkhorn on a dense cost (kernels: ``csrc/cpu/sinkhorn.cpp``,
+``csrc/cuda/sinkhorn.cu``).
 
 The kernels update rows first. Columns first is the transposed problem: cost, marginals and potentials change places.
 """
@@ -145,12 +146,107 @@ def _bwd_cpu(
     return grad_cost.mT.contiguous() if need_cost else grad_cost, grad_a, grad_b
 
 
+def _fwd_cuda(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    options = (epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep)
+    outputs = _fwd_fake(cost, a, b, initial_f, initial_g, *options)
+    forward_on_device(outputs, cost, a, b, initial_f, initial_g, *options)
+    return outputs
+
+
+def forward_on_device(
+    outputs: tuple[Tensor, ...], cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None,
+    initial_g: Tensor | None, epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float,
+    penalty_b: float, update_a_first: bool, keep: int,
+) -> None:  # fmt: skip
+    """Fill the outputs; a cost (n, m) may be shared by the batch of the outputs."""
+    transport_cost, regularized_cost, f, g, marginal_error, iterations, history = outputs
+    if not marginal_error.numel():
+        return
+    if not update_a_first:
+        cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
+        penalty_a, penalty_b = penalty_b, penalty_a
+    operands = tuple(contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g))
+    options = (epsilon, tol, relaxation, penalty_a, penalty_b)
+    problems, scratch = _on_device(_problems(operands, history, num_iters, keep, options), outputs[0], _FORWARD)
+    results = (transport_cost, regularized_cost, f, g, marginal_error, iterations)
+    shared = cost.dim() == 2 and marginal_error.dim() > 0
+    _library.launch("sinkhorn", cost, "sinkhorn_fwd", problems, shared, tuple(address(tensor) for tensor in results))
+
+
+def _on_device(problems: tuple, per_problem: Tensor, gradient: int) -> tuple[tuple, Tensor]:
+    """The same for as many problems as `per_problem` has, with a workspace, and that, which has to outlive the call."""
+    problems = (*problems[:8], per_problem.numel(), *problems[9:])
+    scratch = _library.cuda_workspace(per_problem, _library.cuda.sinkhorn_workspace(problems, gradient))
+    return (*problems[:7], address(scratch), *problems[8:]), scratch
+
+
+def _bwd_cuda(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *batch, n, m = cost.shape
+    if not update_a_first:
+        n, m = m, n
+    grads = (
+        cost.new_empty((*batch, n, m) if need_cost else (0,)),
+        cost.new_empty((*batch, cost.shape[-2]) if need_a else (0,)),
+        cost.new_empty((*batch, cost.shape[-1]) if need_b else (0,)),
+    )
+    backward_on_device(
+        grads, cost, a, b, initial_f, initial_g, history, grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
+        epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient,
+    )  # fmt: skip
+    if need_cost and not update_a_first:
+        return grads[0].mT.contiguous(), grads[1], grads[2]
+    return grads
+
+
+def backward_on_device(
+    grads: tuple[Tensor, Tensor, Tensor], cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None,
+    initial_g: Tensor | None, history: Tensor, grad_transport_cost: Tensor | None,
+    grad_regularized_cost: Tensor | None, grad_f: Tensor | None, grad_g: Tensor | None, epsilon: float,
+    num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool, gradient: str,
+) -> None:  # fmt: skip
+    """Fill the gradients of cost, a, b that are not empty; that of the cost is transposed where columns come first.
+
+    A cost (n, m) may be shared by the batch of `history`; its gradient is per problem all the same.
+    """
+    if gradient == "implicit":
+        raise NotImplementedError("sinkhorn_bwd: no implicit gradient on CUDA; the reference computes it")
+    grad_cost, grad_a, grad_b = grads
+    if not update_a_first:
+        cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
+        penalty_a, penalty_b, grad_a, grad_b = penalty_b, penalty_a, grad_b, grad_a
+    n, m = cost.shape[-2:]
+    if history.shape[-1] != history_size(n, m, num_iters, KEEP[gradient]):
+        raise ValueError(f"history: expected that of a forward with keep={KEEP[gradient]}, got {tuple(history.shape)}")
+    history = history.contiguous()
+    per_problem = history[..., 0]
+    if not per_problem.numel():
+        return
+    operands = tuple(contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g))
+    incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
+    mode, options = GRADIENTS[gradient], (epsilon, 0.0, 1.0, penalty_a, penalty_b)
+    problems = _problems(operands, history, num_iters, KEEP[gradient], options)
+    problems, scratch = _on_device(problems, per_problem, mode)
+    results = (address(grad) if grad.numel() else 0 for grad in (grad_cost, grad_a, grad_b))
+    shared = cost.dim() == 2 and history.dim() > 1
+    _library.launch("sinkhorn", cost, "sinkhorn_bwd", problems, shared, mode, (*map(address, incoming), *results))
+
+
 _library.register(
     "sinkhorn_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, float epsilon, "
     "int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, bool update_a_first, int keep) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    cuda=_fwd_cuda,
 )
 _library.register(
     "sinkhorn_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
@@ -159,4 +255,5 @@ _library.register(
     "bool need_b) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
+    cuda=_bwd_cuda,
 )

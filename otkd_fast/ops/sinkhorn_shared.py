@@ -256,12 +256,54 @@ def _differentiate_dense(grads, parts, chunk, cost, per_problem, options) -> Non
             grad[chunk] = value
 
 
+def _fwd_cuda(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The kernels of the dense op, each problem reading the one cost; its history in the part of those solved apart."""
+    options = (epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep)
+    outputs = _fwd_fake(cost, a, b, initial_f, initial_g, *options)
+    *results, history = outputs
+    if keep:
+        history = _History(history, cost, _batch(a, b), num_iters, keep).apart
+    sinkhorn.forward_on_device((*results, history), cost, a, b, initial_f, initial_g, *options)
+    return outputs
+
+
+def _bwd_cuda(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradient of the cost is made a few problems at a time and added up in their order."""
+    options = (epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient)
+    tensors = (a, b, initial_f, initial_g, grad_transport_cost, grad_regularized_cost, grad_f, grad_g)
+    batch, (n, m) = _batch(a, b), cost.shape
+    grad_cost = cost.new_zeros((n, m) if need_cost else (0,))
+    grad_a, grad_b = cost.new_empty((batch, n) if need_a else (0,)), cost.new_empty((batch, m) if need_b else (0,))
+    history = _History(history.contiguous(), cost, batch, num_iters, sinkhorn.KEEP[gradient]).apart
+    chunk = max(1, 4 * CHUNK_ENTRIES // cost.numel()) if need_cost else max(batch, 1)
+    for begin in range(0, batch, chunk):
+        part = slice(begin, min(begin + chunk, batch))
+        a, b, initial_f, initial_g, *incoming = (None if t is None else t[part] for t in tensors)
+        shape = (part.stop - begin, n, m) if update_a_first else (part.stop - begin, m, n)
+        apart = cost.new_empty(shape if need_cost else (0,))
+        grads = (apart, grad_a[part], grad_b[part])
+        sinkhorn.backward_on_device(grads, cost, a, b, initial_f, initial_g, history[part], *incoming, *options)
+        if need_cost:
+            grad_cost += apart.sum(0) if update_a_first else apart.sum(0).mT
+    return grad_cost, grad_a, grad_b
+
+
 _library.register(
     "sinkhorn_shared_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, float epsilon, "
     "int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, bool update_a_first, int keep) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    cuda=_fwd_cuda,
 )
 _library.register(
     "sinkhorn_shared_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
@@ -270,4 +312,5 @@ _library.register(
     "bool need_b) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
+    cuda=_bwd_cuda,
 )

@@ -1,0 +1,139 @@
+// The functions of the module's part `cuda`: those of the CPU half with a device and a stream at the end, and without
+// threads (where a number of threads is among the arguments that both take, it is ignored). The tests build this file
+// once more, on an emulator.
+#include "otkd_fast/cuda.h"
+
+#include "sinkhorn_problems.h"
+
+namespace otkd_fast {
+namespace {
+
+// x, y, cost, workspace; batch, n, m, d, x_batch_stride, y_batch_stride; metric; temperature_x, temperature_y
+using Costs = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int,
+                         double, double>;
+// of transport_cost, regularized_cost, f, g; then those of cost, a, b
+using Gradients = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
+// rows, columns, weights_rows, weights_columns, workspace, transport_cost, grad_rows, grad_columns; batch, n, m, d,
+// num_iters; temperature_rows, temperature_columns, epsilon, scale
+using Sinkd = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, int64_t, int64_t, int64_t,
+                         int64_t, int64_t, double, double, double, double>;
+// device, stream
+using Place = std::tuple<int, Address>;
+
+cuda::Target target_of(const Place& place) { return {std::get<0>(place), pointer<void>(std::get<1>(place))}; }
+
+template <class T>
+CostMatrixArgs<T> cost_args(const Costs& costs) {
+    CostMatrixArgs<T> args{};
+    Address x, y, cost, workspace;
+    int metric;
+    std::tie(x, y, cost, workspace, args.batch, args.n, args.m, args.d, args.x_batch_stride, args.y_batch_stride, metric,
+             args.temperature_x, args.temperature_y) = costs;
+    args.x = pointer<T>(x);
+    args.y = pointer<T>(y);
+    args.cost = pointer<T>(cost);
+    args.workspace = pointer<T>(workspace);
+    args.metric = static_cast<Metric>(metric);
+    return args;
+}
+
+int64_t cost_workspace(int dtype, const Costs& costs) {
+    return with_type(dtype, [&](auto type) { return cuda::cost_matrix_workspace_bytes(cost_args<decltype(type)>(costs)); });
+}
+
+void cost_forward(int dtype, const Costs& costs, const Place& place) {
+    with_type(dtype, [&](auto type) { cuda::cost_matrix_fwd(cost_args<decltype(type)>(costs), target_of(place)); });
+}
+
+void cost_backward(int dtype, const Costs& costs, Address grad_cost, Address grad_x, Address grad_y, const Place& place) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        CostMatrixArgs<T> args = cost_args<T>(costs);
+        args.grad_cost = pointer<T>(grad_cost);
+        args.grad_x = pointer<T>(grad_x);
+        args.grad_y = pointer<T>(grad_y);
+        cuda::cost_matrix_bwd(args, target_of(place));
+    });
+}
+
+template <class T>
+SinkhornArgs<T> solve_args(const Problems& problems, int gradient) {
+    SinkhornArgs<T> args{};
+    set_problems(args, problems);
+    if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
+    return args;
+}
+
+// `gradient` negative: of the forward.
+int64_t solve_workspace(const Problems& problems, int gradient) {
+    return with_type(dtype_of(problems), [&](auto type) {
+        return cuda::sinkhorn_workspace_bytes(solve_args<decltype(type)>(problems, gradient), gradient >= 0);
+    });
+}
+
+void solve_forward(const Problems& problems, bool shared_cost, const Outputs& outputs, const Place& place) {
+    with_type(dtype_of(problems), [&](auto type) {
+        using T = decltype(type);
+        SinkhornArgs<T> args = solve_args<T>(problems, -1);
+        set_outputs(args, outputs);
+        cuda::sinkhorn_fwd(args, shared_cost, target_of(place));
+    });
+}
+
+void solve_backward(const Problems& problems, bool shared_cost, int gradient, const Gradients& gradients, const Place& place) {
+    with_type(dtype_of(problems), [&](auto type) {
+        using T = decltype(type);
+        SinkhornArgs<T> args = solve_args<T>(problems, gradient);
+        args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
+        args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
+        args.grad_f = pointer<T>(std::get<2>(gradients));
+        args.grad_g = pointer<T>(std::get<3>(gradients));
+        args.grad_cost = pointer<T>(std::get<4>(gradients));
+        args.grad_a = pointer<T>(std::get<5>(gradients));
+        args.grad_b = pointer<T>(std::get<6>(gradients));
+        cuda::sinkhorn_bwd(args, shared_cost, target_of(place));
+    });
+}
+
+template <class T>
+SinkdArgs<T> sinkd_args(const Sinkd& call) {
+    SinkdArgs<T> args{};
+    Address rows, columns, weights_rows, weights_columns, workspace, transport_cost, grad_rows, grad_columns;
+    std::tie(rows, columns, weights_rows, weights_columns, workspace, transport_cost, grad_rows, grad_columns, args.batch,
+             args.n, args.m, args.d, args.num_iters, args.temperature_rows, args.temperature_columns, args.epsilon,
+             args.scale) = call;
+    args.rows = pointer<T>(rows);
+    args.columns = pointer<T>(columns);
+    args.weights_rows = pointer<T>(weights_rows);
+    args.weights_columns = pointer<T>(weights_columns);
+    args.workspace = pointer<unsigned char>(workspace);
+    args.transport_cost = pointer<T>(transport_cost);
+    args.grad_rows = pointer<T>(grad_rows);
+    args.grad_columns = pointer<T>(grad_columns);
+    return args;
+}
+
+int64_t loss_workspace(int dtype, const Sinkd& call, const Place& place) {
+    return with_type(dtype, [&](auto type) {
+        return cuda::sinkd_workspace_bytes(sinkd_args<decltype(type)>(call), target_of(place));
+    });
+}
+
+void loss_and_gradient(int dtype, const Sinkd& call, const Place& place) {
+    with_type(dtype, [&](auto type) { cuda::sinkd_value_and_grad(sinkd_args<decltype(type)>(call), target_of(place)); });
+}
+
+}  // namespace
+
+void bind_cuda(pybind11::module_& module) {
+    module.def("cost_matrix_workspace", &cost_workspace);
+    module.def("cost_matrix_fwd", &cost_forward);
+    module.def("cost_matrix_bwd", &cost_backward);
+    module.def("sinkhorn_workspace", &solve_workspace);
+    module.def("sinkhorn_fwd", &solve_forward);
+    module.def("sinkhorn_bwd", &solve_backward);
+    module.def("sinkd_workspace", &loss_workspace);
+    module.def("sinkd_value_and_grad", &loss_and_gradient);
+}
+
+}  // namespace otkd_fast

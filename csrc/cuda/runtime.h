@@ -1,0 +1,169 @@
+// What the CUDA sources need of the machine, and nothing else of it is used: indices of a thread, barriers, shuffles, one
+// block of shared memory, and launches. With OTKD_FAST_EMULATOR (the name of a header of the tests) the same sources are
+// plain C++ that runs on the host. Blocks and grids have one dimension; a block has a multiple of 32 threads, and all
+// lanes of a warp take part in a shuffle.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "otkd_fast/cuda.h"
+
+#ifdef OTKD_FAST_EMULATOR
+#include OTKD_FAST_EMULATOR
+#else
+
+#include <cuda_runtime.h>
+
+#define OTKD_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
+#define OTKD_ROLLED _Pragma("unroll 1")
+#define OTKD_DEVICE __device__ __forceinline__
+#define OTKD_CALL __device__ __noinline__
+#define OTKD_CONSTANT const __grid_constant__
+#define OTKD_UNROLL _Pragma("unroll")
+
+namespace otkd_fast {
+namespace cuda {
+
+OTKD_DEVICE int thread_id() { return threadIdx.x; }
+OTKD_DEVICE int block_threads() { return blockDim.x; }
+OTKD_DEVICE int64_t block_id() { return blockIdx.x; }
+OTKD_DEVICE int64_t block_count() { return gridDim.x; }
+OTKD_DEVICE void barrier() { __syncthreads(); }
+OTKD_DEVICE bool barrier_any(bool mine) { return __syncthreads_or(mine); }
+template <class S>
+OTKD_DEVICE S shuffle(S value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
+}
+template <class S>
+OTKD_DEVICE S shuffle_xor(S value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+// The dynamic shared memory of the block, 16-byte aligned.
+OTKD_DEVICE unsigned char* shared_memory() {
+    extern __shared__ __align__(16) unsigned char memory[];
+    return memory;
+}
+
+// The device of a call is current while this lives.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(const Target& target) : changed_(false), before_(0) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (before_ == target.device) return;
+        check(cudaSetDevice(target.device), "cudaSetDevice");
+        changed_ = true;
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+    static void check(cudaError_t status, const std::string& what) {
+        if (status == cudaSuccess) return;
+        cudaGetLastError();
+        throw std::runtime_error(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+    }
+
+  private:
+    bool changed_;
+    int before_;
+};
+
+// Bytes of shared memory that a block can ask for on the current device.
+inline int64_t shared_memory_limit(const Target& target) {
+    int bytes = 0;
+    DeviceGuard::check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, target.device),
+                       "shared memory limit");
+    return bytes;
+}
+
+template <class T>
+struct Same {
+    using Type = T;
+};
+
+template <class... P>
+void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, const Target& target,
+            typename Same<P>::Type... arguments) {
+    if (blocks <= 0) return;
+    const std::string what = std::string("kernel ") + name + " with " + std::to_string(blocks) + " blocks of " +
+                             std::to_string(threads) + " threads and " + std::to_string(shared_bytes) +
+                             " bytes of shared memory";
+    if (blocks > std::numeric_limits<int32_t>::max()) throw std::runtime_error(what + ": too many blocks for one launch");
+    if (shared_bytes > 48 * 1024) {
+        DeviceGuard::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                static_cast<int>(shared_bytes)), what);
+    }
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(target.stream)>>>(arguments...);
+    DeviceGuard::check(cudaGetLastError(), what);
+}
+
+}  // namespace cuda
+}  // namespace otkd_fast
+
+#endif
+
+namespace otkd_fast {
+namespace cuda {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+OTKD_DEVICE int lane_id() { return thread_id() & 31; }
+OTKD_DEVICE int warp_id() { return thread_id() >> 5; }
+OTKD_DEVICE int block_warps() { return block_threads() >> 5; }
+
+template <class S>
+OTKD_DEVICE S larger(S a, S b) {
+    return a > b ? a : b;
+}
+template <class S>
+OTKD_DEVICE S smaller(S a, S b) {
+    return a < b ? a : b;
+}
+
+// Sum over the lanes of a warp, the same in all of them.
+template <class S>
+OTKD_DEVICE S warp_sum(S value) {
+    OTKD_UNROLL
+    for (int offset = 16; offset > 0; offset >>= 1) value += shuffle_xor(value, offset);
+    return value;
+}
+template <class S>
+OTKD_DEVICE S warp_max(S value) {
+    OTKD_UNROLL
+    for (int offset = 16; offset > 0; offset >>= 1) value = larger(value, shuffle_xor(value, offset));
+    return value;
+}
+
+// Sum or largest over the block, the same in all threads; `scratch` holds 32 values. Two barriers.
+template <class S>
+OTKD_DEVICE S block_sum(S value, S* scratch) {
+    value = warp_sum(value);
+    if (lane_id() == 0) scratch[warp_id()] = value;
+    barrier();
+    S total = 0;
+    for (int w = 0; w < block_warps(); ++w) total += scratch[w];
+    barrier();
+    return total;
+}
+template <class S>
+OTKD_DEVICE S block_max(S value, S* scratch) {
+    value = warp_max(value);
+    if (lane_id() == 0) scratch[warp_id()] = value;
+    barrier();
+    S best = scratch[0];
+    for (int w = 1; w < block_warps(); ++w) best = larger(best, scratch[w]);
+    barrier();
+    return best;
+}
+
+inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+inline int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
+
+}  // namespace cuda
+}  // namespace otkd_fast

@@ -1,0 +1,37 @@
+// The CUDA half of the core: the calls of the CPU half with device pointers, a device and a stream. Everything is
+// enqueued on that stream; nothing is allocated and nothing waits. Failures throw std::runtime_error.
+#pragma once
+#include "otkd_fast/cost_matrix.h"
+#include "otkd_fast/sinkd.h"
+#include "otkd_fast/sinkhorn.h"
+
+namespace otkd_fast {
+namespace cuda {
+
+struct Target {
+    int device;
+    void* stream;  // cudaStream_t
+};
+
+template <class T>
+int64_t cost_matrix_workspace_bytes(const CostMatrixArgs<T>& args);
+template <class T>
+void cost_matrix_fwd(const CostMatrixArgs<T>& args, const Target& target);
+template <class T>
+void cost_matrix_bwd(const CostMatrixArgs<T>& args, const Target& target);
+
+// `shared_cost`: all problems have the one cost (n, m); grad_cost is (batch, n, m) all the same.
+template <class T>
+int64_t sinkhorn_workspace_bytes(const SinkhornArgs<T>& args, bool backward);
+template <class T>
+void sinkhorn_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
+template <class T>
+void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
+
+template <class T>
+int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args, const Target& target);
+template <class T>
+void sinkd_value_and_grad(const SinkdArgs<T>& args, const Target& target);
+
+}  // namespace cuda
+}  // namespace otkd_fast

@@ -1,0 +1,38 @@
+"""Makes the CUDA implementations, on the emulator, those of backend 'cpu'. As a plugin, for every test of a run:
+
+PYTHONPATH=tests/cuda pytest -p emulated_backend tests/sinkhorn/test_options.py
+"""
+
+from pathlib import Path
+
+import build_emulated
+import pytest
+
+from otkd_fast.functional import _sinkhorn_function, cost_matrix, sinkd
+from otkd_fast.ops import _library, sinkhorn, sinkhorn_shared
+from otkd_fast.ops import cost_matrix as cost_matrix_op
+from otkd_fast.ops import sinkd as sinkd_op
+
+
+def core(config):
+    """The emulated module, built once for the files as they are."""
+    if build_emulated.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    return build_emulated.emulated_module(Path(config.cache.mkdir("cuda_emulator")))
+
+
+def replace(emulated, monkeypatch):
+    """Backend 'cpu' calls the CUDA implementations until monkeypatch is undone."""
+    monkeypatch.setattr(_library, "cuda", emulated)
+    for direction, table in (("fwd", _sinkhorn_function._FORWARD), ("bwd", _sinkhorn_function._BACKWARD)):
+        monkeypatch.setitem(table["dense"], "cpu", getattr(sinkhorn, f"_{direction}_cuda"))
+        monkeypatch.setitem(table["shared"], "cpu", getattr(sinkhorn_shared, f"_{direction}_cuda"))
+    monkeypatch.setitem(cost_matrix._FORWARD, "cpu", cost_matrix_op._fwd_cuda)
+    monkeypatch.setitem(cost_matrix._BACKWARD, "cpu", cost_matrix_op._bwd_cuda)
+    monkeypatch.setitem(sinkd._VALUE_AND_GRAD, "cpu", sinkd_op._cuda)
+
+
+@pytest.fixture(autouse=True)
+def everywhere(request, monkeypatch):
+    """Not in use where this file is imported, only where it is a plugin."""
+    replace(core(request.config), monkeypatch)

@@ -1,0 +1,15 @@
+#include "emulator_settings.h"
+
+#include "runtime.h"
+
+namespace otkd_fast {
+namespace cuda {
+namespace emulator {
+
+void set_order(uint64_t order) { Machine::get().order = order; }
+void set_shared_limit(int64_t bytes) { Machine::get().shared_limit = bytes; }
+int64_t launches() { return Machine::get().launches; }
+
+}  // namespace emulator
+}  // namespace cuda
+}  // namespace otkd_fast

@@ -1,0 +1,17 @@
+// The switches of emulator.h for files that do not include it.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace otkd_fast {
+namespace cuda {
+namespace emulator {
+
+void set_order(uint64_t order);
+void set_shared_limit(int64_t bytes);
+int64_t launches();
+std::vector<float> faulty(int kind);  // faulty.cpp
+
+}  // namespace emulator
+}  // namespace cuda
+}  // namespace otkd_fast

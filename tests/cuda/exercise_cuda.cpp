@@ -1,0 +1,168 @@
+// The CUDA kernels on the emulator, on buffers of exactly the size that they need: for the sanitizers, without Python.
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+#include "emulator_settings.h"
+#include "otkd_fast/cuda.h"
+
+namespace {
+
+using namespace otkd_fast;
+
+const cuda::Target kTarget{0, nullptr};
+int failures = 0;
+
+template <class T>
+struct Buffer {
+    std::unique_ptr<T[]> data;
+    int64_t size;
+    explicit Buffer(int64_t count, double fill = NAN) : data(new T[count]), size(count) {
+        for (int64_t k = 0; k < count; ++k) data[k] = static_cast<T>(fill);
+    }
+    T* get() { return data.get(); }
+    void expect_finite(const char* what) {
+        for (int64_t k = 0; k < size; ++k) {
+            if (std::isfinite(static_cast<double>(data[k]))) continue;
+            std::printf("%s: element %lld of %lld is not finite\n", what, static_cast<long long>(k), static_cast<long long>(size));
+            ++failures;
+            return;
+        }
+    }
+};
+
+template <class T>
+Buffer<T> noise(int64_t count, double low, double high) {
+    static uint32_t state = 1;
+    Buffer<T> buffer(count);
+    for (int64_t k = 0; k < count; ++k) {
+        state = state * 1664525u + 1013904223u;
+        buffer.data[k] = static_cast<T>(low + (high - low) * (state >> 8) / 16777216.0);
+    }
+    return buffer;
+}
+
+Buffer<unsigned char> workspace(int64_t bytes) { return Buffer<unsigned char>(bytes, 255); }
+
+template <class T>
+void costs(Metric metric, int64_t n, int64_t m, int64_t d, double temperature) {
+    Buffer<T> x = noise<T>(n * d, -2, 2), y = noise<T>(m * d, -2, 2), cost(n * m), grad = noise<T>(n * m, -1, 1);
+    Buffer<T> grad_x(n * d), grad_y(m * d);
+    CostMatrixArgs<T> args{};
+    args.x = x.get();
+    args.y = y.get();
+    args.cost = cost.get();
+    args.batch = 1;
+    args.n = n;
+    args.m = m;
+    args.d = d;
+    args.metric = metric;
+    args.temperature_x = args.temperature_y = temperature;
+    Buffer<unsigned char> memory = workspace(cuda::cost_matrix_workspace_bytes(args));
+    args.workspace = reinterpret_cast<T*>(memory.get());
+    cuda::cost_matrix_fwd(args, kTarget);
+    args.grad_cost = grad.get();
+    args.grad_x = grad_x.get();
+    args.grad_y = grad_y.get();
+    cuda::cost_matrix_bwd(args, kTarget);
+    cost.expect_finite("cost");
+    grad_x.expect_finite("grad_x");
+    grad_y.expect_finite("grad_y");
+}
+
+template <class T>
+void solve(int64_t n, int64_t m, double epsilon, Gradient gradient, double penalty, double tol, bool shared) {
+    const int64_t batch = 2;
+    Buffer<T> cost = noise<T>((shared ? 1 : batch) * n * m, 0, 1), transport(batch), dual(batch), f(batch * n), g(batch * m);
+    Buffer<T> error(batch), incoming = noise<T>(batch, 0.5, 1), grad_cost(batch * n * m), grad_a(batch * n), grad_b(batch * m);
+    Buffer<int64_t> iterations(batch, 0);
+    SinkhornArgs<T> args{};
+    args.cost = cost.get();
+    args.batch = batch;
+    args.n = n;
+    args.m = m;
+    args.num_iters = 3;
+    args.epsilon = epsilon;
+    args.penalty_a = penalty;
+    args.tol = tol;
+    args.keep = gradient == Gradient::unroll ? Keep::all : gradient == Gradient::last_step ? Keep::last_step : Keep::last;
+    args.gradient = gradient;
+    Buffer<double> history(batch * history_stride(args));
+    args.history = history.get();
+    args.transport_cost = transport.get();
+    args.regularized_cost = dual.get();
+    args.f = f.get();
+    args.g = g.get();
+    args.marginal_error = error.get();
+    args.iterations = iterations.get();
+    Buffer<unsigned char> memory = workspace(cuda::sinkhorn_workspace_bytes(args, false));
+    args.workspace = memory.get();
+    cuda::sinkhorn_fwd(args, shared, kTarget);
+    Buffer<unsigned char> more = workspace(cuda::sinkhorn_workspace_bytes(args, true));
+    args.workspace = more.get();
+    args.grad_transport_cost = incoming.get();
+    args.grad_cost = grad_cost.get();
+    args.grad_a = grad_a.get();
+    args.grad_b = grad_b.get();
+    cuda::sinkhorn_bwd(args, shared, kTarget);
+    for (Buffer<T>* result : {&transport, &dual, &f, &g, &error, &grad_cost, &grad_a, &grad_b}) result->expect_finite("sinkhorn");
+}
+
+template <class T>
+void loss(int64_t n, int64_t m, int64_t d, double epsilon) {
+    const int64_t batch = 2;
+    Buffer<T> rows = noise<T>(batch * n * d, -3, 3), columns = noise<T>(batch * m * d, -3, 3), value(batch);
+    Buffer<T> grad_rows(batch * n * d), grad_columns(batch * m * d);
+    SinkdArgs<T> args{};
+    args.rows = rows.get();
+    args.columns = columns.get();
+    args.batch = batch;
+    args.n = n;
+    args.m = m;
+    args.d = d;
+    args.num_iters = 3;
+    args.temperature_rows = args.temperature_columns = 2;
+    args.epsilon = epsilon;
+    args.scale = 2;
+    args.transport_cost = value.get();
+    args.grad_rows = grad_rows.get();
+    args.grad_columns = grad_columns.get();
+    Buffer<unsigned char> memory = workspace(cuda::sinkd_workspace_bytes(args, kTarget));
+    args.workspace = memory.get();
+    cuda::sinkd_value_and_grad(args, kTarget);
+    for (Buffer<T>* result : {&value, &grad_rows, &grad_columns}) result->expect_finite("sinkd");
+}
+
+template <class T>
+void all() {
+    for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
+        costs<T>(metric, 3, 66, 18, 0);
+        costs<T>(metric, 65, 2, 5, 1.5);
+        costs<T>(metric, 2, 3, 1030, 0);
+    }
+    const int64_t sizes[][2] = {{1, 1}, {5, 9}, {18, 30}, {34, 40}, {3, 150}, {3, 200}};
+    for (const auto& size : sizes) {
+        for (double epsilon : {0.2, 0.002}) {
+            solve<T>(size[0], size[1], epsilon, Gradient::unroll, INFINITY, 0, false);
+            solve<T>(size[0], size[1], epsilon, Gradient::last_step, INFINITY, 1e-3, true);
+        }
+        solve<T>(size[0], size[1], 0.3, Gradient::envelope, 0.5, 1e-4, false);
+    }
+    loss<T>(5, 9, 7, 0.1);
+    loss<T>(18, 35, 20, 0.1);
+    loss<T>(6, 7, 9, 0.002);
+    loss<T>(3, 130, 5, 0.1);
+}
+
+}  // namespace
+
+int main() {
+    for (uint64_t order : {0, 1, 7}) {
+        otkd_fast::cuda::emulator::set_order(order);
+        all<float>();
+        all<double>();
+    }
+    if (!failures) std::printf("ok\n");
+    return failures ? 1 : 0;
+}

@@ -1,0 +1,43 @@
+"""The table of registers and spills: no spills where it counts, and the build does not take more than it says."""
+
+import json
+import re
+
+import pytest
+import resources
+
+TABLE = json.loads(resources.TABLE.read_text())
+# Kernels that may spill, and why. Spilled bytes are touched once a problem or a chunk, never once an entry.
+MAY_SPILL = {
+    r"differentiate_tile<float, Shape<2, 8, 6, 12>>": "96 of 168 registers hold the kernel",
+    r"(differentiate_tile|solve_tile)<double, .*>": "a double takes two registers",
+    r"sinkd_tile<double>": "a double takes two registers",
+    r"(differentiate_tile|sinkd_tile)<float(, Shape<1, 8, 4, 16>)?>": "128 registers a thread, with 512 threads",
+}
+
+
+def test_table_is_complete():
+    assert [key for key in TABLE if key != "nvcc"] == [str(arch) for arch in resources.ARCHITECTURES]
+    names = set(TABLE["80"])
+    assert all(set(TABLE[str(arch)]) == names for arch in resources.ARCHITECTURES)
+    assert {name.partition("<")[0] for name in names} == {
+        "rewrite_rows", "cost_tile", "add_splits", "gradient_tile", "rows_backward", "solve_tile", "differentiate_tile",
+        "run_phase", "run_backward_phase", "sinkd_tile", "scale_values",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", resources.ARCHITECTURES)
+def test_no_spills_but_those_explained(arch):
+    for name, (registers, _, stores, loads, _) in TABLE[str(arch)].items():
+        assert registers <= 255
+        if stores or loads:
+            assert any(re.fullmatch(pattern, name) for pattern in MAY_SPILL), f"{name} spills {stores}, {loads} bytes"
+            assert stores < 500
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(resources.NVCC is None, reason="no nvcc")
+def test_the_build_takes_no_more_than_the_table_says():
+    if resources.toolkit() != TABLE["nvcc"]:
+        pytest.skip(f"the table was made with nvcc {TABLE['nvcc']}")
+    assert not resources.worse(resources.measure(), TABLE)
