@@ -126,9 +126,9 @@ def _update(folder: Path, report: dict) -> None:
                 figures = {arch: [f["registers"], f["spills"], f["shared"]] for arch, f in row.items()}
                 merged = table.get(name, {}) | figures
                 table[name] = dict(sorted(merged.items(), key=lambda item: int(item[0])))
-        rows = (f" {json.dumps(name)}: {json.dumps(table[name])}" for name in sorted(table) if name in modules_of)
-        header = f'"triton": "{report["triton"]}",\n"figures": ["registers", "spills", "shared"],\n"kernels"'
-        path.write_text(f"{{{header}: {{\n{',\n'.join(rows)}\n}}}}\n")
+        rows = [f" {json.dumps(name)}: {json.dumps(table[name])}" for name in sorted(table) if name in modules_of]
+        header = f'{{"triton": "{report["triton"]}",\n"figures": ["registers", "spills", "shared"],\n"kernels": {{\n'
+        path.write_text(header + ",\n".join(rows) + "\n}}\n")
 
 
 if __name__ == "__main__":
