@@ -34,7 +34,7 @@ OPS = (
 KERNELS = {
     "cpu": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkhorn_points", "sinkd"),
     "cuda": (),
-    "triton": (),
+    "triton": ("cost_matrix",),
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"
@@ -86,8 +86,8 @@ def _choices() -> dict[tuple[str, str, str], str]:
     table = {}
     for op in OPS:
         for device_type, order in _PREFERENCE.items():
-            working = [name for name in order if _reason(op, name, device_type) is None]
-            table[op, device_type, "auto"] = working[0]
+            working = [name for name in NAMES[1:] if _reason(op, name, device_type) is None]
+            table[op, device_type, "auto"] = next(name for name in order if name in working)
             table.update({(op, device_type, name): name for name in working})
     return table
 
