@@ -11,11 +11,11 @@ E32, S32, E64, S64 = constant(2.0**50), constant(2.0**80), constant(2.0**400), c
 
 
 @jit
-def _value(raw, shift, factor, inverse, SOFTMAX: tl.constexpr, KNOWN: tl.constexpr):
+def _value(raw, shift, factor, inverse, SOFTMAX: tl.constexpr, SCALED: tl.constexpr):
     """Entries of rows as they are compared; the masked entries of a softmaxed row are -inf before, 0 behind."""
     if SOFTMAX:
         return tl.exp((raw - shift) * inverse) * factor
-    return raw * factor if KNOWN else raw
+    return raw * factor if SCALED else raw
 
 
 @jit
@@ -78,6 +78,17 @@ def rows_kernel(
 
 
 @jit
+def _pair_scale(nx, ny, DOUBLE: tl.constexpr):
+    """Cosine: what brings the rows of a pair to nearly the same length, near 2^k; 1 for pairs that nearly coincide."""
+    LARGEST: tl.constexpr = 900.0 if DOUBLE else 100.0
+    nx, ny = tl.where(nx > 0, nx, 1), tl.where(ny > 0, ny, 1)
+    if not DOUBLE:
+        nx, ny = nx.to(tl.float32), ny.to(tl.float32)
+    exponent = tl.floor(tl.log2(nx) - tl.log2(ny) + 0.5)
+    return tl.exp2(tl.minimum(tl.maximum(exponent, -LARGEST), LARGEST))
+
+
+@jit
 def _cost(total, norm_x, norm_y, METRIC: tl.constexpr, DOUBLE: tl.constexpr):
     """Cost from the sum of (squared) differences; norms (BI, 1), (1, BJ) or as `total`, float64."""
     if METRIC == L2:
@@ -114,33 +125,37 @@ def forward_kernel(
     inverse_x, inverse_y = scalar(inverse_x, DTYPE), scalar(inverse_y, DTYPE)
     mx, fx = tl.zeros((BI,), DTYPE), tl.zeros((BI,), DTYPE)
     my, fy = tl.zeros((BJ,), DTYPE), tl.zeros((BJ,), DTYPE)
-    if KNOWN:
+    if KNOWN and (SOFTMAX_X or METRIC == COSINE_METRIC):
         mx, fx = tl.load(shift_x + row_x, mask=i < n, other=0), tl.load(factor_x + row_x, mask=i < n, other=0)
+    if KNOWN and (SOFTMAX_Y or METRIC == COSINE_METRIC):
         my, fy = tl.load(shift_y + row_y, mask=j < m, other=0), tl.load(factor_y + row_y, mask=j < m, other=0)
-    else:
-        if SOFTMAX_X:
-            mx, fx = _outer_stats(x, start_x, i < n, inverse_x, d, DTYPE, BI, 64)
-        if SOFTMAX_Y:
-            my, fy = _outer_stats(y, start_y, j < m, inverse_y, d, DTYPE, BJ, 64)
+    if not KNOWN and SOFTMAX_X:
+        mx, fx = _outer_stats(x, start_x, i < n, inverse_x, d, DTYPE, BI, 64)
+    if not KNOWN and SOFTMAX_Y:
+        my, fy = _outer_stats(y, start_y, j < m, inverse_y, d, DTYPE, BJ, 64)
     other_x: tl.constexpr = float("-inf") if SOFTMAX_X else 0.0
     other_y: tl.constexpr = float("-inf") if SOFTMAX_Y else 0.0
+    nx, ny, scale = tl.zeros((BI,), tl.float64), tl.zeros((BJ,), tl.float64), tl.full((1, 1), 1, DTYPE)
+    if METRIC == COSINE_METRIC:
+        nx, ny = tl.load(norm_x + row_x, mask=i < n, other=0), tl.load(norm_y + row_y, mask=j < m, other=0)
+        scale = _pair_scale(nx[:, None], ny[None, :], DOUBLE)
     total = tl.zeros((BI, BJ, LANES), DTYPE)
     begin = split * length
     for first in range(begin, tl.minimum(begin + length, d), LANES):
         k = first + tl.arange(0, LANES)
         p = tl.load(x + start_x[:, None] + k[None, :], mask=(i < n)[:, None] & (k < d)[None, :], other=other_x)
         q = tl.load(y + start_y[:, None] + k[None, :], mask=(j < m)[:, None] & (k < d)[None, :], other=other_y)
-        p = _value(p.to(DTYPE), mx[:, None], fx[:, None], inverse_x, SOFTMAX_X, KNOWN)
-        q = _value(q.to(DTYPE), my[:, None], fy[:, None], inverse_y, SOFTMAX_Y, KNOWN)
-        delta = p[:, None, :] - q[None, :, :]
+        p = _value(p.to(DTYPE), mx[:, None], fx[:, None], inverse_x, SOFTMAX_X, METRIC == COSINE_METRIC)
+        q = _value(q.to(DTYPE), my[:, None], fy[:, None], inverse_y, SOFTMAX_Y, METRIC == COSINE_METRIC)
+        if METRIC == COSINE_METRIC:
+            delta = p[:, None, :] - scale[:, :, None] * q[None, :, :]
+        else:
+            delta = p[:, None, :] - q[None, :, :]
         total += tl.abs(delta) if METRIC == L1 else delta * delta
     cost = tl.sum(total, 2)
     served = (i < n)[:, None] & (j < m)[None, :]
     if WHOLE:
-        nx, ny = tl.zeros((BI,), tl.float64), tl.zeros((BJ,), tl.float64)
-        if METRIC == COSINE_METRIC:
-            nx, ny = tl.load(norm_x + row_x, mask=i < n, other=0), tl.load(norm_y + row_y, mask=j < m, other=0)
-        cost = _cost(cost, nx[:, None], ny[None, :], METRIC, DOUBLE)
+        cost = _cost(cost, nx[:, None], scale.to(tl.float64) * ny[None, :], METRIC, DOUBLE)
     at = ((split * problems + b) * n + i[:, None]) * m + j[None, :]
     tl.store(out + at, cost, mask=served)
 
@@ -163,6 +178,7 @@ def finish_kernel(
         column = at % m
         nx = tl.load(norm_x + (row % n if SHARED_X else row), mask=served, other=0)
         ny = tl.load(norm_y + (column if SHARED_Y else row // n * m + column), mask=served, other=0)
+        ny *= _pair_scale(nx, ny, DOUBLE).to(tl.float64)
     tl.store(out + at, _cost(total, nx, ny, METRIC, DOUBLE), mask=served)
 
 
@@ -236,19 +252,26 @@ def backward_kernel(
         c = g
         if METRIC == L2 or METRIC == COSINE_METRIC:
             c = tl.load(cost + at, mask=pair, other=0)
-        w = _weights(g, c, nx[None, :], ny[:, None], METRIC)
+        scale = tl.full((1, 1), 1, DTYPE)
+        if METRIC == COSINE_METRIC:
+            scale = _pair_scale(nx[None, :], ny[:, None], DOUBLE)
+        scaled_ny = scale.to(tl.float64) * ny[:, None]
+        w = _weights(g, c, nx[None, :], scaled_ny, METRIC)
         q = tl.load(
             y + row_y.to(tl.int64)[:, None] * d + k[None, :], mask=(j < m)[:, None] & (k < d)[None, :], other=other_y
         )
         q = _value(q.to(DTYPE), my[:, None], fy[:, None], inverse_y, SOFTMAX_Y, KNOWN)
-        delta = p[None, :, :] - q[:, None, :]  # (BJ, BI, BK)
+        if METRIC == COSINE_METRIC:
+            delta = p[None, :, :] - scale[:, :, None] * q[:, None, :]  # (BJ, BI, BK)
+        else:
+            delta = p[None, :, :] - q[:, None, :]
         w = tl.broadcast_to(w[:, :, None], (BJ, BI, BK))
         if METRIC == L1:
             grad += tl.sum(tl.where(delta > 0, w, tl.where(delta < 0, -w, 0)), 0)
         else:
             grad += tl.sum(w * delta, 0)
         if METRIC == COSINE_METRIC:
-            along += tl.sum(_along(g, c, nx[None, :], ny[:, None]), 0)
+            along += tl.sum(_along(g, c, nx[None, :], scaled_ny), 0)
     if METRIC == COSINE_METRIC:
         grad += along.to(DTYPE)[:, None] * p
         if not SOFTMAX_X:

@@ -8,6 +8,7 @@ x (B, n, d), y (B, m, d), contiguous; either may be (., d) only and shared by th
 then taken where a row is loaded, from its maximum and sum (`_Rows`), and no copy of it is in memory. float16 and
 bfloat16 are read as they are and computed in float32, float64 in float64. Differences are formed before anything is
 squared, and no product runs on tensor cores: near-coincident rows keep full relative accuracy. Sums have a fixed order.
+For cosine, y is first multiplied by the power of two that brings its length next to that of x, pair by pair.
 
 Forward: a program has a tile of BI x BJ pairs, 32 lanes of partial sums a pair, one sum over the lanes at the end.
 2 n m d operations. Where tiles are few, the features are split between programs; `finish_kernel` adds up the parts.
