@@ -5,4 +5,14 @@ Importing this package registers them. They are below autograd: gradients belong
 
 from . import cost_matrix, gaussian, moments, polar, sinkd, sinkhorn, sinkhorn_points, sinkhorn_shared, sqrtm
 
-__all__ = ["cost_matrix", "gaussian", "moments", "polar", "sinkd", "sinkhorn", "sinkhorn_points", "sinkhorn_shared", "sqrtm"]
+__all__ = [
+    "cost_matrix",
+    "gaussian",
+    "moments",
+    "polar",
+    "sinkd",
+    "sinkhorn",
+    "sinkhorn_points",
+    "sinkhorn_shared",
+    "sqrtm",
+]

@@ -183,7 +183,9 @@ def _checked_addresses(guards: Guards) -> Iterator[None]:
             spans.pop()
 
     def check(pointers, mask, what: str) -> None:
-        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.uint64).reshape(-1, 1)
+        at = (
+            pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.uint64).reshape(-1, 1)
+        )
         starts, stops, kernel = spans[-1]
         width = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
         outside = ~((at >= starts) & (at + width <= stops)).any(-1)
