@@ -1,7 +1,7 @@
 """Polar factors of a matrix in one program, and batched products beyond: shared by polar, gaussian_wasserstein, sqrtm.
 
-Products run in full float32: three TF32 products that add up to one (`tf32x3`), or float64. Rows and columns of zeros stay
-exactly zero, so that matrices are padded to a power of two.
+Products run in full float32: three TF32 products that add up to one (`tf32x3`), or float64. Rows and columns of zeros
+stay exactly zero, so that matrices are padded to a power of two.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ LARGEST = 64  # rows and columns of a matrix that one program holds
 
 
 def tiles(n: int) -> dict[str, int]:
-    """Padded size and warps."""
+    """Padded size and warps. One stage: a load must not overtake the barrier in front of it."""
     size = power_of_2(n, 16)
-    return {"N": size, "num_warps": {16: 1, 32: 2, 64: 4}[size]}
+    return {"N": size, "num_warps": {16: 1, 32: 4, 64: 8}[size], "num_stages": 1}
+
+
+def scratch_of(problems: int, n: int, like: Tensor) -> Tensor:
+    """What `polar_factor` needs for matrices that are padded to n x n."""
+    return empty((problems if n > 32 else 0, 3, n, n), like)
 
 
 @functools.lru_cache(maxsize=64)
 def schedule(steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(steps, 3) coefficients of the odd quintics, 0: as many as the dtype has in the reference."""
-    return torch.tensor(SCHEDULES[steps or STEPS[dtype]], dtype=dtype, device=device)
+    """(steps + 1, 3) coefficients of the odd quintics and of the refinement; 0: as many as the dtype has."""
+    return torch.tensor((*SCHEDULES[steps or STEPS[dtype]], (1.5, -0.5, 0.0)), dtype=dtype, device=device)
 
 
 @jit
@@ -35,6 +40,18 @@ def product(a, b):
     if a.dtype == tl.float64:
         return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float64)
     return tl.dot(a, b, input_precision="tf32x3")
+
+
+@jit
+def staged_product(a, b, N: tl.constexpr, TRANSPOSE_A: tl.constexpr):
+    """The product of two N x N matrices in memory, 16 of the depth at a time; A, or A^T, times B."""
+    i, k = tl.arange(0, N), tl.arange(0, 16)
+    sum = tl.zeros((N, N), a.dtype.element_ty)
+    for first in range(0, N, 16):
+        at = first + k
+        left = tl.load(a + (at[None, :] * N + i[:, None] if TRANSPOSE_A else i[:, None] * N + at[None, :]))
+        sum += product(left, tl.load(b + at[:, None] * N + i[None, :]))
+    return sum
 
 
 @jit
@@ -56,23 +73,37 @@ def normalized(X):
 
 
 @jit
-def polar_factor(X, coefficients, steps):
-    """Polar factor of X (N, N) by `steps` odd quintics a X + X (b X^T X + c (X^T X)^2)."""
+def polar_factor(X, coefficients, steps, scratch, N: tl.constexpr):
+    """Polar factor P of X (N, N) by `steps` odd quintics a X + X (b X^T X + c (X^T X)^2), and 1.5 P - 0.5 P P^T P.
+
+    The latter is one more step. <K, .> of it is the nuclear norm: an error e of a singular value of P becomes 1.5 e^2.
+    Up to 32 x 32 the matrices stay in registers; beyond, the operands of products go through `scratch` (3, N, N), the
+    program's own, which stays in the first cache.
+    """
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     X = normalized(X)
-    for step in range(steps):
+    P = X
+    for step in range(steps + 1):
+        P = X
         a = tl.load(coefficients + 3 * step)
         b = tl.load(coefficients + 3 * step + 1)
         c = tl.load(coefficients + 3 * step + 2)
-        gram = product(tl.trans(X), X)
-        X = a * X + product(X, b * gram + c * product(gram, gram))
-    return X
-
-
-@jit
-def nuclear_norm(K, P):
-    """1.5 <K, P> - 0.5 <K, P P^T P>, float64: an error e of a singular value of P becomes 1.5 e^2."""
-    PPP = product(P, product(tl.trans(P), P))
-    return 1.5 * total(K.to(tl.float64) * P) - 0.5 * total(K.to(tl.float64) * PPP)
+        if N <= 32:
+            gram = product(tl.trans(X), X)
+            gram = b * gram + c * product(gram, gram)
+            X = a * X + product(X, gram)
+        else:
+            tl.store(scratch + at, X)
+            tl.debug_barrier()
+            gram = staged_product(scratch, scratch, N, True)
+            tl.store(scratch + N * N + at, gram)
+            tl.debug_barrier()
+            gram = b * gram + c * staged_product(scratch + N * N, scratch + N * N, N, False)
+            tl.store(scratch + 2 * N * N + at, gram)
+            tl.debug_barrier()
+            X = a * X + staged_product(scratch, scratch + 2 * N * N, N, False)
+            tl.debug_barrier()
+    return P, X
 
 
 @jit(generic=("n", "m", "k"))
@@ -114,9 +145,9 @@ def product_kernel(
         if MODE == 3:
             sum += tl.load(coefficients + 3 * step) * tl.load(c + target, mask=mask, other=0)
         tl.store(out + target, sum, mask=mask)
-        if MODE == 1 or MODE == 2:
+        if (MODE == 1 or MODE == 2) and tile_i < tile_j:
             mirror = batch * n * m + j[:, None].to(tl.int64) * m + i[None, :]
-            tl.store(out + mirror, tl.trans(sum), mask=(j < n)[:, None] & (i < m)[None, :] & (tile_i < tile_j))
+            tl.store(out + mirror, tl.trans(sum), mask=(j < n)[:, None] & (i < m)[None, :])
 
 
 PLAIN, SYMMETRIC, COMBINED, ADDED = 0, 1, 2, 3
@@ -144,7 +175,7 @@ def product_tiles(dtype: torch.dtype) -> dict[str, int]:
     """Tile, depth and warps of a product."""
     if dtype == torch.float64:
         return {"TILE": 32, "DEPTH": 16, "num_warps": 4}
-    return {"TILE": 64, "DEPTH": 32, "num_warps": 4}
+    return {"TILE": 64, "DEPTH": 32, "num_warps": 8}
 
 
 def polar_batched(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -158,15 +189,15 @@ def polar_batched(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     X = X / torch.where(bound == 0, 1, bound)
     X = X if tall else X.mT.contiguous()
     coefficients = schedule(steps, K.dtype, K.device)
+    P = X
     for step in range(coefficients.shape[0]):
+        P = X
         gram = batched_product(X, X, transpose_a=True, mode=SYMMETRIC)
         options = {"coefficients": coefficients, "step": step}
         W = batched_product(gram, gram, mode=COMBINED, c=gram, **options)
         X = batched_product(X, W, mode=ADDED, c=X, **options)
-    PPP = batched_product(X, batched_product(X, X, transpose_a=True, mode=SYMMETRIC))
-    refined = 1.5 * X.double() - 0.5 * PPP.double()
-    norm = (K.double() * (refined if tall else refined.mT)).sum((-2, -1))
-    return (X if tall else X.mT.contiguous()), norm
+    norm = (K.double() * (X if tall else X.mT)).sum((-2, -1))
+    return (P if tall else P.mT.contiguous()), norm
 
 
 def product_cases() -> list[AotCase]:
@@ -175,15 +206,13 @@ def product_cases() -> list[AotCase]:
     for dtype in (torch.float32, torch.float64):
         kind = f"*{SIGNATURE_DTYPES[dtype]}:16"
         blocks = product_tiles(dtype)
-        for name, mode, left, right in (
-            ("symmetric", 1, True, False),
-            ("combined", 2, False, False),
-            ("added", 3, False, False),
-        ):
+        for name, mode in (("symmetric", SYMMETRIC), ("combined", COMBINED), ("added", ADDED)):
             cases.append(AotCase(
                 f"product {name} {kind[1:5]}", product_kernel,
-                dict.fromkeys(("a", "b", "c", "out", "coefficients"), kind) | dict.fromkeys(("step", "n", "m", "k"), "i32"),
-                {"TRANSPOSE_A": left, "TRANSPOSE_B": right, "MODE": mode, "TILE": blocks["TILE"], "DEPTH": blocks["DEPTH"]},
-                num_warps=blocks["num_warps"], may_spill=dtype == torch.float64,
+                dict.fromkeys(("a", "b", "c", "out", "coefficients"), kind)
+                | dict.fromkeys(("step", "n", "m", "k"), "i32"),
+                {"TRANSPOSE_A": mode == SYMMETRIC, "TRANSPOSE_B": False, "MODE": mode}
+                | {"TILE": blocks["TILE"], "DEPTH": blocks["DEPTH"]},
+                num_warps=blocks["num_warps"],
             ))  # fmt: skip
     return cases
