@@ -44,7 +44,7 @@ KERNELS = {
         "feature_moments",
     ),
     "cuda": (),
-    "triton": ("cost_matrix", "polar"),
+    "triton": ("cost_matrix", "polar", "gaussian_wasserstein", "feature_moments"),
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"
