@@ -54,9 +54,8 @@ def test_one_gradient_and_a_large_mean(which, generator):
 
 def test_a_constant_window_has_gradient_0():
     x = torch.full((5, 2), 0.1, requires_grad=True)
-    (mean, std), (grad,) = gradients_guarded(
-        lambda x: tuple(otkd_fast.feature_moments(x, dim=0, backend="triton")), (x,)
-    )
+    call = {"dim": 0, "backend": "triton"}
+    (mean, std), (grad,) = gradients_guarded(lambda x: tuple(otkd_fast.feature_moments(x, **call)), (x,))
     assert torch.equal(std, torch.zeros(2)) and torch.equal(mean, torch.full((2,), 0.1))
     torch.testing.assert_close(grad, torch.full((5, 2), 0.2))
 
