@@ -3,8 +3,8 @@
 x as (outer, s0, s1, s2, inner), float32 or float64, with (g0, g1, g2) windows; window i of g on an axis of s goes from
 floor(i s / g) to ceil((i + 1) s / g). Forward: a program has one window and a block of the inner axis and reads it
 twice: deviations are taken from the window's first element, then from their mean, so that a large mean costs no digits
-and a constant window has exactly 0. Backward: the window moments again, then a pass over the elements; one is in at most two
-windows of each axis. About 2 (forward) and 4 (backward) elements moved for one of x.
+and a constant window has exactly 0. Backward: the window moments again, then a pass over the elements; one is in at
+most two windows of each axis. About 2 (forward) and 4 (backward) elements moved for one of x.
 """
 
 from __future__ import annotations
