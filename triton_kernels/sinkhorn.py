@@ -1,0 +1,159 @@
+"""``sinkhorn_fwd`` and ``sinkhorn_bwd`` by Triton (see ``ops/sinkhorn.py``): small problems by ``sinkhorn_small``.
+
+Rows are updated first; columns first is the transposed problem, by exchanged strides.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.sinkhorn import GRADIENTS, KEEP, history_size
+from . import _runtime
+from .sinkhorn_small import solve_small
+from .sinkhorn_small_bwd import differentiate_small
+
+SMALL = {torch.float32: 128 * 128, torch.float64: 64 * 64}  # largest padded tile of a problem on chip
+
+
+class Problems(NamedTuple):
+    """A batch as the kernels take it, rows updated first."""
+
+    cost: Tensor  # (P, n, m), any strides
+    a: Tensor | None  # (P, n)
+    b: Tensor | None  # (P, m)
+    initial_f: Tensor | None
+    initial_g: Tensor | None
+    epsilon: float
+    penalty_a: float
+    penalty_b: float
+    flipped: bool  # rows are the caller's columns
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return tuple(self.cost.shape)
+
+    def damping(self) -> tuple[float, float, float, float]:
+        """lambda_a, lambda_b, the exponents of an update, and epsilon / penalty of each side, 0 for a constraint."""
+        pair = (self.penalty_a, self.penalty_b)
+        exponents = (1.0 if math.isinf(penalty) else penalty / (penalty + self.epsilon) for penalty in pair)
+        return *exponents, *(0.0 if math.isinf(penalty) else self.epsilon / penalty for penalty in pair)
+
+    @property
+    def plain(self) -> bool:
+        return math.isinf(self.penalty_a) and math.isinf(self.penalty_b)
+
+
+def flat(tensor: Tensor | None, rank: int) -> Tensor | None:
+    """Batch axes as one, contiguous: (P, size), (P,) for rank 0."""
+    if tensor is None:
+        return None
+    shape = tensor.shape[tensor.dim() - rank :]
+    return tensor.reshape(-1, *shape).contiguous()
+
+
+def problems(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None, epsilon: float,
+    penalty_a: float, penalty_b: float, update_a_first: bool,
+) -> Problems:  # fmt: skip
+    """The arguments of the op as one batch with rows first."""
+    cost = cost.reshape(-1, *cost.shape[-2:])
+    a, b, initial_f, initial_g = (flat(t, 1) for t in (a, b, initial_f, initial_g))
+    if update_a_first:
+        return Problems(cost, a, b, initial_f, initial_g, epsilon, penalty_a, penalty_b, False)
+    return Problems(cost.mT, b, a, initial_g, initial_f, epsilon, penalty_b, penalty_a, True)
+
+
+def tile(n: int, m: int) -> tuple[int, int, int]:
+    """Padded sizes and warps of a problem on chip."""
+    rows, columns = _runtime.power_of_2(n), _runtime.power_of_2(m)
+    return rows, columns, min(16, max(1, rows * columns // 1024))
+
+
+def is_small(n: int, m: int, dtype: torch.dtype) -> bool:
+    rows, columns, _ = tile(n, m)
+    return rows * columns <= SMALL[dtype]
+
+
+def solve(batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: float, relaxation: float, keep: int) -> None:
+    """Fills transport_cost, regularized_cost, f, g, marginal_error, count, history (rows first)."""
+    count, n, m = batch.sizes
+    rows, columns, warps = tile(n, m)
+    history = outputs[6]
+    solve_small[(count,)](
+        batch.cost, batch.a, batch.b, batch.initial_f, batch.initial_g, *outputs,
+        n, m, *batch.cost.stride(), num_iters, history.shape[-1],
+        batch.epsilon, tol, 1.0 if relaxation == 0 else relaxation, *batch.damping(),
+        HAS_A=batch.a is not None, HAS_B=batch.b is not None,
+        HAS_F=batch.initial_f is not None, HAS_G=batch.initial_g is not None,
+        KEEP=keep, STOP=tol > 0, AUTO=relaxation == 0, RELAXED=relaxation != 1, PLAIN=batch.plain and relaxation == 1,
+        BN=rows, BM=columns, num_warps=warps,
+    )  # fmt: skip
+
+
+def sinkhorn_fwd(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *axes, n, m = cost.shape
+    values = [_runtime.empty(axes, cost) for _ in range(2)]
+    f, g = _runtime.empty((*axes, n), cost), _runtime.empty((*axes, m), cost)
+    error, count = _runtime.empty(axes, cost), _runtime.empty(axes, cost, torch.int64)
+    history = _runtime.empty((*axes, history_size(n, m, num_iters, keep)), cost, torch.float64)
+    if error.numel():
+        batch = problems(cost, a, b, initial_f, initial_g, epsilon, penalty_a, penalty_b, update_a_first)
+        sides = (f, g) if update_a_first else (g, f)
+        with _runtime.on_device(cost):
+            solve(batch, (*values, *sides, error, count, history), num_iters, tol, relaxation, keep)
+    return *values, f, g, error, count, history
+
+
+def sinkhorn_bwd(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *axes, n, m = cost.shape
+    if history.shape[-1] != history_size(n, m, num_iters, KEEP[gradient]):
+        raise ValueError(f"history: expected that of a forward with keep={KEEP[gradient]}, got {tuple(history.shape)}")
+    grads = (
+        _runtime.empty(cost.shape if need_cost else (0,), cost),
+        _runtime.empty((*axes, n) if need_a else (0,), cost),
+        _runtime.empty((*axes, m) if need_b else (0,), cost),
+    )
+    if math.prod(axes):
+        batch = problems(cost, a, b, initial_f, initial_g, epsilon, penalty_a, penalty_b, update_a_first)
+        incoming = (flat(grad_transport_cost, 0), flat(grad_regularized_cost, 0), flat(grad_f, 1), flat(grad_g, 1))
+        with _runtime.on_device(cost):
+            differentiate(batch, history.contiguous(), incoming, grads, gradient)
+    return grads
+
+
+def differentiate(
+    batch: Problems, history: Tensor, incoming: tuple[Tensor | None, ...], grads: tuple[Tensor, ...], gradient: str
+) -> None:
+    """Fills the gradients of cost, a and b (in the caller's order; empty where they are not needed)."""
+    grad_cost, grad_a, grad_b = grads
+    grad_transport, grad_regularized, grad_f, grad_g = incoming
+    count, n, m = batch.sizes
+    out_i, out_j = m, 1
+    if batch.flipped:
+        grad_f, grad_g, grad_a, grad_b = grad_g, grad_f, grad_b, grad_a
+        out_i, out_j = 1, n
+    rows, columns, warps = tile(n, m)
+    differentiate_small[(count,)](
+        batch.cost, batch.a, batch.b, batch.initial_g, history, grad_transport, grad_regularized, grad_f, grad_g,
+        grad_cost, grad_a, grad_b, n, m, *batch.cost.stride(), out_i, out_j, history.shape[-1],
+        batch.epsilon, *batch.damping(),
+        HAS_A=batch.a is not None, HAS_B=batch.b is not None, HAS_G=batch.initial_g is not None,
+        IN_TRANSPORT=grad_transport is not None, IN_REGULARIZED=grad_regularized is not None,
+        IN_F=grad_f is not None, IN_G=grad_g is not None,
+        MODE=GRADIENTS[gradient], PLAIN=batch.plain,
+        NEED_COST=grad_cost.numel() > 0, NEED_A=grad_a.numel() > 0, NEED_B=grad_b.numel() > 0,
+        BN=rows, BM=columns, num_warps=warps,
+    )  # fmt: skip
