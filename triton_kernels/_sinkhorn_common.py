@@ -94,7 +94,7 @@ def side_gradient(masses, log_mass, potential, sums, other_total, epsilon, drop)
         by_mass = tl.where(served, epsilon / drop * one_minus_exp(relative * drop * LN2) - epsilon * factor, epsilon / drop)
         by_mass = tl.where(masses > 0, by_mass + epsilon * other_total, 0.0)
     else:
-        factor = tl.full((), 1.0, tl.float64)
+        factor = tl.zeros_like(relative) + 1.0
         by_mass = epsilon * (relative * LN2 - 1.0 + other_total)
         by_mass = tl.where((masses > 0) & served, by_mass, 0.0)
     by_potential = tl.where(served, masses * factor - sums.to(tl.float64), 0.0)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..ops.sinkhorn import GRADIENTS, KEEP, history_size
 from . import _runtime
-from .sinkhorn_small import solve_small
-from .sinkhorn_small_bwd import differentiate_small
+from ._sinkhorn_small import solve_small
+from ._sinkhorn_small_bwd import differentiate_small
 
-SMALL = {torch.float32: 128 * 128, torch.float64: 64 * 64}  # largest padded tile of a problem on chip
+SMALL = {torch.float32: 128 * 128, torch.float64: 64 * 128}  # largest padded tile of a problem on chip
+LONGEST = 256  # side of it
 
 
 class Problems(NamedTuple):
@@ -67,30 +68,49 @@ def problems(
     return Problems(cost.mT, b, a, initial_g, initial_f, epsilon, penalty_b, penalty_a, True)
 
 
-def tile(n: int, m: int) -> tuple[int, int, int]:
-    """Padded sizes and warps of a problem on chip."""
+class Tile(NamedTuple):
+    """Padded sizes, columns a chunk, and warps of a problem on chip."""
+
+    rows: int
+    columns: int
+    chunk: int
+    warps: int
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
+        return {
+            "BN": self.rows, "BM": self.columns, "CHUNK": self.chunk, "num_warps": self.warps, "num_stages": 1,
+            "enable_fp_fusion": True,
+        }  # fmt: skip
+
+
+def tile_of(n: int, m: int, dtype: torch.dtype) -> Tile:
+    """32 registers a thread for the kernel, 8 (float64: 16) for a chunk of the costs."""
     rows, columns = _runtime.power_of_2(n), _runtime.power_of_2(m)
-    return rows, columns, min(16, max(1, rows * columns // 1024))
+    warps = min(16, max(1, rows * columns * dtype.itemsize // 4096))
+    chunk = max(1, warps * 32 * 8 // rows)
+    return Tile(rows, columns, min(columns, chunk), warps)
 
 
 def is_small(n: int, m: int, dtype: torch.dtype) -> bool:
-    rows, columns, _ = tile(n, m)
-    return rows * columns <= SMALL[dtype]
+    """Whether a problem fits in one program."""
+    tile = tile_of(n, m, dtype)
+    return tile.rows * tile.columns <= SMALL[dtype] and max(n, m) <= LONGEST
 
 
 def solve(batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: float, relaxation: float, keep: int) -> None:
     """Fills transport_cost, regularized_cost, f, g, marginal_error, count, history (rows first)."""
     count, n, m = batch.sizes
-    rows, columns, warps = tile(n, m)
     history = outputs[6]
+    scratch = _runtime.empty((count, m), history)
     solve_small[(count,)](
         batch.cost, batch.a, batch.b, batch.initial_f, batch.initial_g, *outputs,
-        n, m, *batch.cost.stride(), num_iters, history.shape[-1],
+        scratch, n, m, *batch.cost.stride(), num_iters, history.shape[-1],
         batch.epsilon, tol, 1.0 if relaxation == 0 else relaxation, *batch.damping(),
         HAS_A=batch.a is not None, HAS_B=batch.b is not None,
         HAS_F=batch.initial_f is not None, HAS_G=batch.initial_g is not None,
         KEEP=keep, STOP=tol > 0, AUTO=relaxation == 0, RELAXED=relaxation != 1, PLAIN=batch.plain and relaxation == 1,
-        BN=rows, BM=columns, num_warps=warps,
+        **tile_of(n, m, batch.cost.dtype).launch,
     )  # fmt: skip
 
 
@@ -145,15 +165,16 @@ def differentiate(
     if batch.flipped:
         grad_f, grad_g, grad_a, grad_b = grad_g, grad_f, grad_b, grad_a
         out_i, out_j = 1, n
-    rows, columns, warps = tile(n, m)
+    scratch = _runtime.empty((count, 2, m), history)
+    adjoint_f, adjoint_g = _runtime.empty((count, n), history), _runtime.empty((count, m), history)
     differentiate_small[(count,)](
         batch.cost, batch.a, batch.b, batch.initial_g, history, grad_transport, grad_regularized, grad_f, grad_g,
-        grad_cost, grad_a, grad_b, n, m, *batch.cost.stride(), out_i, out_j, history.shape[-1],
+        grad_cost, grad_a, grad_b, adjoint_f, adjoint_g, scratch, n, m, *batch.cost.stride(), out_i, out_j, history.shape[-1],
         batch.epsilon, *batch.damping(),
         HAS_A=batch.a is not None, HAS_B=batch.b is not None, HAS_G=batch.initial_g is not None,
         IN_TRANSPORT=grad_transport is not None, IN_REGULARIZED=grad_regularized is not None,
         IN_F=grad_f is not None, IN_G=grad_g is not None,
         MODE=GRADIENTS[gradient], PLAIN=batch.plain,
         NEED_COST=grad_cost.numel() > 0, NEED_A=grad_a.numel() > 0, NEED_B=grad_b.numel() > 0,
-        BN=rows, BM=columns, num_warps=warps,
+        **tile_of(n, m, batch.cost.dtype).launch,
     )  # fmt: skip
