@@ -17,6 +17,17 @@ RANGE_64, WIDE_64 = constant(480.0), constant(800.0)
 
 
 @jit
+def exp2_of(x, DATA: tl.constexpr):  # noqa: N803
+    """2^x in float64, to the accuracy of DATA, the dtype of the costs."""
+    return tl.exp2(x.to(DATA)).to(tl.float64)
+
+
+@jit
+def log2_of(x, DATA: tl.constexpr):  # noqa: N803
+    return tl.log2(x.to(DATA)).to(tl.float64)
+
+
+@jit
 def load_masses(weights, base, index, size, GIVEN: tl.constexpr):  # noqa: N803
     """Masses of one side in float64, 1 / size where they are not given, 0 beyond `size`."""
     inside = index < size
@@ -27,9 +38,9 @@ def load_masses(weights, base, index, size, GIVEN: tl.constexpr):  # noqa: N803
 
 
 @jit
-def log_masses(masses):
+def log_masses(masses, DATA: tl.constexpr):  # noqa: N803
     """log2 of the masses, 0 where there is none."""
-    return tl.log2(tl.where(masses > 0, masses, 1.0))
+    return log2_of(tl.where(masses > 0, masses, 1.0), DATA)
 
 
 @jit
@@ -53,31 +64,31 @@ def updated(old, masses, log_mass, sums, exponent, omega, RELAXED: tl.constexpr)
 
 
 @jit
-def one_minus_exp(z):
+def one_minus_exp(z, DATA: tl.constexpr):  # noqa: N803
     """1 - exp(-z), also of small z, in float64."""
     tail = 1.0 - z / 5.0 * (1.0 - z / 6.0 * (1.0 - z / 7.0 * (1.0 - z / 8.0)))
     series = z * (1.0 - z / 2.0 * (1.0 - z / 3.0 * (1.0 - z / 4.0 * tail)))
-    return tl.where(tl.abs(z) < 0.05, series, 1.0 - tl.exp2(-z * LOG2E))
+    return tl.where(tl.abs(z) < 0.05, series, 1.0 - exp2_of(-z * LOG2E, DATA))
 
 
 @jit
-def side_error(masses, log_mass, potential, sums, drop):
+def side_error(masses, log_mass, potential, sums, drop, DATA: tl.constexpr):  # noqa: N803
     """sum |sums - target| of one side; drop: epsilon / penalty, 0 for a constraint."""
     target = masses
     if drop > 0:
         served = potential > float("-inf")
         relative = tl.where(served, potential - log_mass, 0.0)
-        target = tl.where(served, masses * tl.exp2(-relative * drop), 0.0)
+        target = tl.where(served, masses * exp2_of(-relative * drop, DATA), 0.0)
     return tl.sum(tl.abs(sums.to(tl.float64) - target))
 
 
 @jit
-def side_value(masses, log_mass, potential, epsilon, drop):
+def side_value(masses, log_mass, potential, epsilon, drop, DATA: tl.constexpr):  # noqa: N803
     """The part of the dual value that belongs to one side."""
     served = potential > float("-inf")
     relative = tl.where(served, potential - log_mass, 0.0)
     if drop > 0:
-        left = tl.where(served, one_minus_exp(relative * drop * LN2), 1.0)
+        left = tl.where(served, one_minus_exp(relative * drop * LN2, DATA), 1.0)
         value = tl.sum(masses * left) * (epsilon / drop)
     else:
         value = tl.sum(masses * relative) * (epsilon * LN2)
@@ -85,13 +96,14 @@ def side_value(masses, log_mass, potential, epsilon, drop):
 
 
 @jit
-def side_gradient(masses, log_mass, potential, sums, other_total, epsilon, drop):
+def side_gradient(masses, log_mass, potential, sums, other_total, epsilon, drop, DATA: tl.constexpr):  # noqa: N803
     """Of the dual value at fixed costs: by the potential (natural units), and by the masses at a fixed potential."""
     served = potential > float("-inf")
     relative = tl.where(served, potential - log_mass, 0.0)
     if drop > 0:
-        factor = tl.exp2(-relative * drop)
-        by_mass = tl.where(served, epsilon / drop * one_minus_exp(relative * drop * LN2) - epsilon * factor, epsilon / drop)
+        factor = exp2_of(-relative * drop, DATA)
+        by_mass = epsilon / drop * one_minus_exp(relative * drop * LN2, DATA) - epsilon * factor
+        by_mass = tl.where(served, by_mass, epsilon / drop)
         by_mass = tl.where(masses > 0, by_mass + epsilon * other_total, 0.0)
     else:
         factor = tl.zeros_like(relative) + 1.0

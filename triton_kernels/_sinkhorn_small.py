@@ -21,6 +21,7 @@ from ._sinkhorn_common import (
     RANGE_64,
     WIDE_32,
     WIDE_64,
+    exp2_of,
     load_masses,
     log_masses,
     relaxation,
@@ -34,10 +35,9 @@ from ._sinkhorn_common import (
 
 @jit
 def load_costs(cost, base, i, j, n, m, stride_i, stride_j):
-    """(BN, BM) costs, +inf beyond the problem."""
+    """(BN, BM) costs, +inf beyond the problem. Offsets within a problem are 32 bits wide."""
     inside = (i < n)[:, None] & (j < m)[None, :]
-    place = i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
-    return tl.load(cost + base + place, mask=inside, other=float("inf"))
+    return tl.load(cost + base + (i[:, None] * stride_i + j[None, :] * stride_j), mask=inside, other=float("inf"))
 
 
 @jit
@@ -64,11 +64,15 @@ def least_cost(c):
 
 @jit
 def kernel_tile(c, scale, least):
-    """2^((least - c) scale), rounded once."""
-    t = (tl.zeros((), tl.float64) + least - c.to(tl.float64)) * scale
-    high = t.to(c.dtype)
-    low = tl.where(high > float("-inf"), t - high.to(tl.float64), 0.0).to(c.dtype)
-    return tl.exp2(high) * (1.0 + low * 0.6931471805599453)
+    """2^((least - c) scale); the product is carried to twice the precision of float32."""
+    x = least - c
+    factor = scale.to(c.dtype)
+    high = x * factor
+    if c.dtype == tl.float32:
+        low = tl.fma(x, factor, -high) + x * (scale - factor.to(tl.float64)).to(tl.float32)
+        return tl.exp2(high) * tl.where(high > float("-inf"), 1.0 + low * 0.6931471805599453, 0.0)
+    else:
+        return tl.exp2(high)
 
 
 @jit
@@ -166,12 +170,13 @@ def update_columns(
 ):  # fmt: skip  # noqa: N803
     """gamma after phi, in scratch; the logarithms of its sums over the columns; the marginal error of the columns."""
     top, total = tl.zeros_like(phi) + float("-inf"), tl.zeros_like(phi).to(cost.dtype.element_ty)
+    DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
     error = tl.zeros((), tl.float64)
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
         b = load_masses(b_ptr, p * m, j, m, HAS_B)
-        log_b = log_masses(b)
+        log_b = log_masses(b, DATA)
         down = log_sums(c, scale, phi[:, None], 0)
         old = tl.load(scratch + j, mask=j < m, other=float("-inf"))
         if KEEP == 3:
@@ -180,7 +185,7 @@ def update_columns(
         tl.store(scratch + j, gamma, mask=j < m)
         if KEEP == 2:
             keep_columns(history, slot, gamma, j, n, m)
-        error += side_error(b, log_b, gamma, tl.exp2(gamma + down), drop_b)
+        error += side_error(b, log_b, gamma, exp2_of(gamma + down, DATA), drop_b, DATA)
         top, total = grow(top, total, gamma[None, :] - c.to(tl.float64) * scale)
     return log_of(top, total), error
 
@@ -196,6 +201,7 @@ def iterate_logs(
     across = first_sums(
         cost, base, initial_g, b_ptr, p, scratch, scale, i, n, m, stride_i, stride_j, a, HAS_B, HAS_G, CHUNK
     )
+    DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
     column_error, previous = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
     step, running = tl.full((), 0, tl.int32), tl.full((), 1, tl.int1)
     while (step < num_iters) & running:
@@ -211,12 +217,12 @@ def iterate_logs(
         )  # fmt: skip
         step += 1
         if STOP or AUTO:
-            error = column_error + side_error(a, log_a, phi, tl.exp2(phi + across), drop_a)
+            error = column_error + side_error(a, log_a, phi, exp2_of(phi + across, DATA), drop_a, DATA)
             if AUTO:
                 omega, previous = relaxation(omega, previous, error, step)
             if STOP:
                 running = (error <= tol) == 0
-    return phi, tl.exp2(phi + across), column_error, step
+    return phi, exp2_of(phi + across, DATA), column_error, step
 
 
 @jit
@@ -225,6 +231,7 @@ def finish(
     HAS_B: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """<P, C>, the columns' part of the dual value and their mass; g is written, and kept in a slot if KEPT."""
+    DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
     inner, value, mass = tl.zeros((), tl.float64), tl.zeros((), tl.float64), tl.zeros((), tl.float64)
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
@@ -233,7 +240,7 @@ def finish(
         gamma = tl.load(scratch + j, mask=j < m, other=float("-inf"))
         plan = plan_tile(c, scale, phi, gamma)
         inner += tl.sum(tl.sum(plan * tl.where(c < float("inf"), c, 0.0), 1).to(tl.float64))
-        value += side_value(b, log_masses(b), gamma, epsilon, drop_b)
+        value += side_value(b, log_masses(b, DATA), gamma, epsilon, drop_b, DATA)
         mass += tl.sum(b)
         tl.store(g + p * m + j, (gamma * (epsilon * LN2)).to(c.dtype), mask=j < m)
         if KEPT:
@@ -261,8 +268,9 @@ def solve_small(
     history += p * history_stride
     scratch += p * m
     base = p * stride_p
+    DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
     a = load_masses(a_ptr, p * n, i, n, HAS_A)
-    log_a = log_masses(a)
+    log_a = log_masses(a, DATA)
     phi = start(initial_f, p * n, i, n, a, scale, HAS_F)
     fits = tl.full((), 0, tl.int1)
     if PLAIN:
@@ -278,8 +286,8 @@ def solve_small(
             )
             rows = (u * across).to(tl.float64)
             column_error = tl.sum(tl.abs((v * down).to(tl.float64) - b))
-            phi = logs(u.to(tl.float64)) + least.to(tl.float64) * scale
-            tl.store(scratch + j, logs(v.to(tl.float64)), mask=j < m)
+            phi = logs(u) + least.to(tl.float64) * scale
+            tl.store(scratch + j, logs(v), mask=j < m)
         else:
             rows, column_error, step = phi, epsilon, tl.full((), 0, tl.int32)
     else:
@@ -301,14 +309,13 @@ def solve_small(
     if KEEP != 0:
         tl.store(history, tl.where(fits & (KEEP != 1), 1.0, 0.0).to(tl.float64))
         tl.store(history + 1, step.to(tl.float64))
-    value += side_value(a, log_a, phi, epsilon, drop_a) + epsilon * (tl.sum(a) * mass - tl.sum(rows))
-    error = side_error(a, log_a, phi, rows, drop_a) + column_error
-    data = cost.dtype.element_ty
-    tl.store(transport_cost + p, inner.to(data))
-    tl.store(regularized_cost + p, value.to(data))
-    tl.store(marginal_error + p, error.to(data))
+    value += side_value(a, log_a, phi, epsilon, drop_a, DATA) + epsilon * (tl.sum(a) * mass - tl.sum(rows))
+    error = side_error(a, log_a, phi, rows, drop_a, DATA) + column_error
+    tl.store(transport_cost + p, inner.to(DATA))
+    tl.store(regularized_cost + p, value.to(DATA))
+    tl.store(marginal_error + p, error.to(DATA))
     tl.store(count + p, step.to(tl.int64))
-    tl.store(f + p * n + i, (phi * (epsilon * LN2)).to(data), mask=i < n)
+    tl.store(f + p * n + i, (phi * (epsilon * LN2)).to(DATA), mask=i < n)
 
 
 @jit
@@ -323,4 +330,4 @@ def keep_last(history, scratch, phi, i, n, m, CHUNK: tl.constexpr):  # noqa: N80
 @jit
 def logs(scalings):
     """log2 of scalings, -inf for 0."""
-    return tl.where(scalings == 0, float("-inf"), tl.log2(tl.where(scalings == 0, 1.0, scalings)))
+    return tl.where(scalings == 0, float("-inf"), tl.log2(tl.where(scalings == 0, 1.0, scalings)).to(tl.float64))

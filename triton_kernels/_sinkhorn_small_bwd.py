@@ -46,8 +46,8 @@ def add_to(pointer, values, inside, NEEDED: tl.constexpr):  # noqa: N803
 
 @jit
 def unroll_scalings(
-    cost, base, b_ptr, initial_g, p, scratch, history, grad_place, f_, a, by_a, scale, i, j, n, m, stride_i, stride_j, epsilon,
-    steps, first, HAS_B: tl.constexpr, HAS_G: tl.constexpr, NEED_COST: tl.constexpr,
+    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, f_, a, by_a, scale, i, j, n, m, stride_i, stride_j, epsilon,
+    out_i, out_j, steps, first, HAS_B: tl.constexpr, HAS_G: tl.constexpr, NEED_COST: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """by_a after the loop; g_ and by_b in scratch. The scalings after step s are in slot s + first."""
     c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
@@ -77,7 +77,8 @@ def unroll_scalings(
         f_ = tl.zeros_like(f_)
     tl.store(scratch + m + j, by_b, mask=j < m)
     inside = (i < n)[:, None] & (j < m)[None, :]
-    add_to(grad_place, tl.where(k == 0, 0.0, k * products), inside, NEED_COST)
+    place = i[:, None] * out_i + j[None, :] * out_j
+    add_to(grad_cost + place, tl.where(k == 0, 0.0, k * products), inside, NEED_COST)
     return by_a
 
 
@@ -87,6 +88,7 @@ def back_to_rows(
     epsilon, lambda_b, HAS_B: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """f_ - lambda_b V g_; its terms are added to dC, epsilon g_ / b to db."""
+    DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
@@ -94,8 +96,8 @@ def back_to_rows(
         gamma = kept_columns(history, slot, j, n, m, float("-inf"))
         g_ = tl.where(gamma == float("-inf"), 0.0, tl.load(scratch + j, mask=j < m, other=0.0))
         add_to(scratch + m + j, epsilon * inverse(b) * g_, j < m, True)
-        terms = plan_tile(c, scale, phi, normalised(gamma, log_masses(b), lambda_b)) * (g_ * lambda_b).to(c.dtype)[None, :]
-        place = i.to(tl.int64)[:, None] * out_i + j.to(tl.int64)[None, :] * out_j
+        terms = plan_tile(c, scale, phi, normalised(gamma, log_masses(b, DATA), lambda_b)) * (g_ * lambda_b).to(c.dtype)[None, :]
+        place = i[:, None] * out_i + j[None, :] * out_j
         add_to(grad_cost + place, terms, (i < n)[:, None] & (j < m)[None, :], NEED_COST)
         f_ -= tl.sum(terms, 1)
     return f_
@@ -114,7 +116,7 @@ def back_to_columns(
         if slot == 0:
             before = start(initial_g, p * m, j, m, load_masses(b_ptr, p * m, j, m, HAS_B), scale, HAS_G)
         terms = plan_tile(c, scale, phi, before) * (f_ * lambda_a.to(c.dtype))[:, None]
-        place = i.to(tl.int64)[:, None] * out_i + j.to(tl.int64)[None, :] * out_j
+        place = i[:, None] * out_i + j[None, :] * out_j
         add_to(grad_cost + place, terms, (i < n)[:, None] & (j < m)[None, :], NEED_COST)
         tl.store(scratch + j, -tl.sum(terms, 0).to(tl.float64), mask=j < m)
 
@@ -165,12 +167,12 @@ def incoming_side(grad, base, index, size, potential, GIVEN: tl.constexpr):  # n
 
 
 @jit
-def final_columns(history, slot, j, n, m, scalings):
+def final_columns(history, slot, j, n, m, scalings, DATA: tl.constexpr):  # noqa: N803
     """gamma of a slot that holds it or its scaling."""
     other = tl.where(scalings, 0.0, float("-inf")).to(tl.float64)
     gamma = kept_columns(history, slot, j, n, m, other)
     if scalings:
-        gamma = logs(gamma)
+        gamma = logs(gamma.to(DATA))
     return gamma
 
 
@@ -181,31 +183,31 @@ def at_the_end(
     HAS_B: tl.constexpr, IN_G: tl.constexpr, MODE: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """Derivatives by the final potentials, and by costs and masses at fixed ones: f_ and by_a; g_ and by_b in scratch."""
-    data = cost.dtype.element_ty
-    rows, spent_rows, mass = tl.zeros_like(phi).to(data), tl.zeros_like(phi).to(data), tl.zeros((), tl.float64)
+    DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
+    rows, spent_rows, mass = tl.zeros_like(phi).to(DATA), tl.zeros_like(phi).to(DATA), tl.zeros((), tl.float64)
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
         b = load_masses(b_ptr, p * m, j, m, HAS_B)
-        gamma = final_columns(history, last, j, n, m, scalings)
+        gamma = final_columns(history, last, j, n, m, scalings, DATA)
         plan = plan_tile(c, scale, phi, gamma)
         finite = tl.where(c < float("inf"), c, 0.0)
         factor = tl.zeros_like(finite).to(tl.float64) + by_value + by_transport
         if MODE != 2:
             factor -= finite.to(tl.float64) / epsilon * by_transport
         if NEED_COST:
-            place = i.to(tl.int64)[:, None] * out_i + j.to(tl.int64)[None, :] * out_j
-            tl.store(grad_cost + place, plan * factor.to(data), mask=(i < n)[:, None] & (j < m)[None, :])
+            place = i[:, None] * out_i + j[None, :] * out_j
+            tl.store(grad_cost + place, plan * factor.to(DATA), mask=(i < n)[:, None] & (j < m)[None, :])
         spent = plan * finite
         rows += tl.sum(plan, 1)
         spent_rows += tl.sum(spent, 1)
         mass += tl.sum(b)
-        g_, by_b = side_gradient(b, log_masses(b), gamma, tl.sum(plan, 0), tl.sum(a), epsilon, drop_b)
+        g_, by_b = side_gradient(b, log_masses(b, DATA), gamma, tl.sum(plan, 0), tl.sum(a), epsilon, drop_b, DATA)
         g_ = by_value * g_ if MODE != 4 else tl.zeros_like(g_)
         g_ += by_transport * tl.sum(spent, 0).to(tl.float64) / epsilon + incoming_side(grad_g, p * m, j, m, gamma, IN_G)
         tl.store(scratch + j, g_, mask=j < m)
         tl.store(scratch + m + j, by_value * by_b if MODE != 2 else tl.zeros_like(by_b), mask=j < m)
-    f_, by_a = side_gradient(a, log_a, phi, rows, mass, epsilon, drop_a)
+    f_, by_a = side_gradient(a, log_a, phi, rows, mass, epsilon, drop_a, DATA)
     f_ = by_value * f_ if MODE != 4 else tl.zeros_like(f_)
     f_ += by_transport * spent_rows.to(tl.float64) / epsilon
     return f_, by_value * by_a if MODE != 2 else tl.zeros_like(by_a)
@@ -234,8 +236,9 @@ def differentiate_small(
     scratch += p * 2 * m
     grad_cost += p * n * m
     base = p * stride_p
+    DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
     a = load_masses(a_ptr, p * n, i, n, HAS_A)
-    log_a = log_masses(a)
+    log_a = log_masses(a, DATA)
     scalings = tl.load(history) > 0
     steps = tl.load(history + 1).to(tl.int32)
     last, first = steps - 1, tl.full((), 0, tl.int32)
@@ -246,7 +249,7 @@ def differentiate_small(
     phi = kept_rows(history, last, i, n, m, float("-inf"))
     if scalings:
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
-        phi = logs(tl.where(i < n, phi, 0.0)) + least_cost(c).to(tl.float64) * scale
+        phi = logs(tl.where(i < n, phi, 0.0).to(DATA)) + least_cost(c).to(tl.float64) * scale
     by_transport, by_value = incoming(grad_transport, p, IN_TRANSPORT), incoming(grad_regularized, p, IN_REGULARIZED)
     f_, by_a = at_the_end(
         cost, base, b_ptr, p, scratch, history, grad_cost, grad_g, by_transport, by_value, last, phi, a, log_a, scale,
@@ -255,13 +258,12 @@ def differentiate_small(
     f_ += incoming_side(grad_f, p * n, i, n, phi, IN_F)
     tl.debug_barrier()
     if (MODE == 0) | (MODE == 3):
-        start_f = f_.to(cost.dtype.element_ty)
+        start_f = f_.to(DATA)
         if scalings:
             if PLAIN:
-                grad_place = grad_cost + i.to(tl.int64)[:, None] * out_i + j.to(tl.int64)[None, :] * out_j
                 by_a = unroll_scalings(
-                    cost, base, b_ptr, initial_g, p, scratch, history, grad_place, start_f, a, by_a, scale, i, j, n, m,
-                    stride_i, stride_j, epsilon, steps, first, HAS_B, HAS_G, NEED_COST,
+                    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, start_f, a, by_a, scale, i, j, n, m,
+                    stride_i, stride_j, epsilon, out_i, out_j, steps, first, HAS_B, HAS_G, NEED_COST,
                 )  # fmt: skip
         else:
             by_a = unroll_logs(
@@ -273,7 +275,7 @@ def differentiate_small(
         tl.store(adjoint_f + p * n + i, f_, mask=i < n)
         tl.store(adjoint_g + p * m + j, tl.load(scratch + j, mask=j < m), mask=j < m)
     if NEED_A:
-        tl.store(grad_a + p * n + i, by_a.to(cost.dtype.element_ty), mask=i < n)
+        tl.store(grad_a + p * n + i, by_a.to(DATA), mask=i < n)
     if NEED_B:
         by_b = tl.load(scratch + m + j, mask=j < m)
-        tl.store(grad_b + p * m + j, by_b.to(cost.dtype.element_ty), mask=j < m)
+        tl.store(grad_b + p * m + j, by_b.to(DATA), mask=j < m)

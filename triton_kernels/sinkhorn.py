@@ -85,10 +85,10 @@ class Tile(NamedTuple):
 
 
 def tile_of(n: int, m: int, dtype: torch.dtype) -> Tile:
-    """32 registers a thread for the kernel, 8 (float64: 16) for a chunk of the costs."""
+    """32 registers a thread for the kernel; 8 costs a thread in a chunk, 2 in float64, whose exponentials take many."""
     rows, columns = _runtime.power_of_2(n), _runtime.power_of_2(m)
     warps = min(16, max(1, rows * columns * dtype.itemsize // 4096))
-    chunk = max(1, warps * 32 * 8 // rows)
+    chunk = max(1, warps * 32 * (8 if dtype is torch.float32 else 2) // rows)
     return Tile(rows, columns, min(columns, chunk), warps)
 
 
