@@ -1,4 +1,5 @@
-"""``sinkhorn_fwd`` and ``sinkhorn_bwd`` by Triton (see ``ops/sinkhorn.py``): small problems by ``sinkhorn_small``.
+"""``sinkhorn_fwd`` and ``sinkhorn_bwd`` by Triton (see ``ops/sinkhorn.py``): problems that fit in one program by
+``_sinkhorn_small``, others by ``_sinkhorn_tiles``. The implicit gradient starts in a kernel; its linear solve is that of the reference.
 
 Rows are updated first; columns first is the transposed problem, by exchanged strides.
 """
@@ -6,13 +7,16 @@ Rows are updated first; columns first is the transposed problem, by exchanged st
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.sinkhorn import GRADIENTS, KEEP, history_size
+from ..reference import _sinkhorn_implicit
 from . import _runtime
+from . import _sinkhorn_large as large
 from ._sinkhorn_small import solve_small
 from ._sinkhorn_small_bwd import differentiate_small
 
@@ -42,6 +46,10 @@ class Problems(NamedTuple):
         pair = (self.penalty_a, self.penalty_b)
         exponents = (1.0 if math.isinf(penalty) else penalty / (penalty + self.epsilon) for penalty in pair)
         return *exponents, *(0.0 if math.isinf(penalty) else self.epsilon / penalty for penalty in pair)
+
+    @property
+    def sides(self) -> large.Sides:
+        return large.Sides(self.a, self.b, *self.damping(), self.epsilon)
 
     @property
     def plain(self) -> bool:
@@ -99,8 +107,12 @@ def is_small(n: int, m: int, dtype: torch.dtype) -> bool:
 
 
 def solve(batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: float, relaxation: float, keep: int) -> None:
-    """Fills transport_cost, regularized_cost, f, g, marginal_error, count, history (rows first)."""
+    """Fills transport_cost, regularized_cost, f, g, marginal_error, count, history; all (P, ...), rows first."""
     count, n, m = batch.sizes
+    if not is_small(n, m, batch.cost.dtype):
+        costs, initial = large.matrix(batch.cost), (batch.initial_f, batch.initial_g)
+        large.solve(costs, batch.sides, *initial, outputs, num_iters, tol, relaxation, keep)
+        return
     history = outputs[6]
     scratch = _runtime.empty((count, m), history)
     solve_small[(count,)](
@@ -128,7 +140,8 @@ def sinkhorn_fwd(
         batch = problems(cost, a, b, initial_f, initial_g, epsilon, penalty_a, penalty_b, update_a_first)
         sides = (f, g) if update_a_first else (g, f)
         with _runtime.on_device(cost):
-            solve(batch, (*values, *sides, error, count, history), num_iters, tol, relaxation, keep)
+            outputs = [tensor.view(error.numel(), *tensor.shape[len(axes) :]) for tensor in (*values, *sides, error, count, history)]
+            solve(batch, outputs, num_iters, tol, relaxation, keep)
     return *values, f, g, error, count, history
 
 
@@ -149,22 +162,59 @@ def sinkhorn_bwd(
     if math.prod(axes):
         batch = problems(cost, a, b, initial_f, initial_g, epsilon, penalty_a, penalty_b, update_a_first)
         incoming = (flat(grad_transport_cost, 0), flat(grad_regularized_cost, 0), flat(grad_f, 1), flat(grad_g, 1))
+        history = history.reshape(-1, history.shape[-1]).contiguous()
+        flat_grads = [grad.view(-1, *grad.shape[len(axes) :]) if grad.numel() else grad for grad in grads]
         with _runtime.on_device(cost):
-            differentiate(batch, history.contiguous(), incoming, grads, gradient)
+            differentiate(batch, history, incoming, flat_grads, num_iters, gradient)
     return grads
 
 
 def differentiate(
-    batch: Problems, history: Tensor, incoming: tuple[Tensor | None, ...], grads: tuple[Tensor, ...], gradient: str
-) -> None:
-    """Fills the gradients of cost, a and b (in the caller's order; empty where they are not needed)."""
+    batch: Problems, history: Tensor, incoming: tuple[Tensor | None, ...], grads: Sequence[Tensor], num_iters: int,
+    gradient: str,
+) -> None:  # fmt: skip
+    """Fills the gradients of cost, a and b, all (P, ...), in the caller's order; empty where they are not needed."""
+    grad_cost, grad_a, grad_b = grads
+    if batch.flipped:
+        grad_cost, grad_a, grad_b = grad_cost.mT if grad_cost.numel() else grad_cost, grad_b, grad_a
+        incoming = (*incoming[:2], incoming[3], incoming[2])
+    _, n, m = batch.sizes
+    by = _on_chip if is_small(n, m, batch.cost.dtype) else _in_tiles
+    adjoint_f, adjoint_g = by(batch, history, incoming, (grad_cost, grad_a, grad_b), num_iters, gradient)
+    if gradient == "implicit":
+        _solve_implicit(batch, history, (grad_cost, grad_a, grad_b), adjoint_f, adjoint_g)
+
+
+def _in_tiles(batch: Problems, history, incoming, grads, num_iters, gradient) -> tuple[Tensor, Tensor]:
+    costs, sides = large.matrix(batch.cost), batch.sides
+    adjoint = large.differentiate(costs, sides, batch.initial_g, history, incoming, num_iters, gradient)
+    if grads[0].numel():
+        large.gradient_of_costs(costs, sides, adjoint, grads[0])
+    for grad, value in zip(grads[1:], (adjoint.by_a, adjoint.by_b), strict=True):
+        if grad.numel():
+            grad.copy_(value)
+    return adjoint.f_bar[0], adjoint.g_bar[0]
+
+
+def _solve_implicit(batch: Problems, history: Tensor, grads, adjoint_f: Tensor, adjoint_g: Tensor) -> None:
+    """Adds the derivative through the potentials."""
+    _, n, m = batch.sizes
+    unit = batch.epsilon * math.log(2)
+    f, g = history[:, 2 : 2 + n] * unit, history[:, 2 + n :] * unit
+    a, b = large.masses(batch.a, f), large.masses(batch.b, g)
+    through = _sinkhorn_implicit._gradients(
+        batch.cost, a, b, f, g, adjoint_f, adjoint_g, batch.epsilon, batch.penalty_a, batch.penalty_b
+    )
+    for grad, value in zip(grads, through, strict=True):
+        if grad.numel():
+            grad.add_(value)
+
+
+def _on_chip(batch: Problems, history, incoming, grads, num_iters, gradient) -> tuple[Tensor, Tensor]:
     grad_cost, grad_a, grad_b = grads
     grad_transport, grad_regularized, grad_f, grad_g = incoming
     count, n, m = batch.sizes
-    out_i, out_j = m, 1
-    if batch.flipped:
-        grad_f, grad_g, grad_a, grad_b = grad_g, grad_f, grad_b, grad_a
-        out_i, out_j = 1, n
+    out_i, out_j = grad_cost.stride()[1:] if grad_cost.numel() else (m, 1)
     scratch = _runtime.empty((count, 2, m), history)
     adjoint_f, adjoint_g = _runtime.empty((count, n), history), _runtime.empty((count, m), history)
     differentiate_small[(count,)](
@@ -178,3 +228,4 @@ def differentiate(
         NEED_COST=grad_cost.numel() > 0, NEED_A=grad_a.numel() > 0, NEED_B=grad_b.numel() > 0,
         **tile_of(n, m, batch.cost.dtype).launch,
     )  # fmt: skip
+    return adjoint_f, adjoint_g
