@@ -34,7 +34,7 @@ OPS = (
 KERNELS = {
     "cpu": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkhorn_points", "sinkd"),
     "cuda": (),
-    "triton": ("sinkhorn",),
+    "triton": ("sinkhorn", "sinkhorn_shared", "sinkhorn_points"),
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"
