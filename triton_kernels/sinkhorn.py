@@ -76,6 +76,12 @@ def problems(
     return Problems(cost.mT, b, a, initial_g, initial_f, epsilon, penalty_b, penalty_a, True)
 
 
+def compact(cost: Tensor) -> Tensor:
+    """The costs (P, n, m) with offsets within a problem below 2^31."""
+    span = sum((size - 1) * stride for size, stride in zip(cost.shape[1:], cost.stride()[1:], strict=True))
+    return cost if span < 2**31 else cost.contiguous()
+
+
 class Tile(NamedTuple):
     """Padded sizes, columns a chunk, and warps of a problem on chip."""
 
@@ -113,11 +119,11 @@ def solve(batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: flo
         costs, initial = large.matrix(batch.cost), (batch.initial_f, batch.initial_g)
         large.solve(costs, batch.sides, *initial, outputs, num_iters, tol, relaxation, keep)
         return
-    history = outputs[6]
+    history, cost = outputs[6], compact(batch.cost)
     scratch = _runtime.empty((count, m), history)
     solve_small[(count,)](
-        batch.cost, batch.a, batch.b, batch.initial_f, batch.initial_g, *outputs,
-        scratch, n, m, *batch.cost.stride(), num_iters, history.shape[-1],
+        cost, batch.a, batch.b, batch.initial_f, batch.initial_g, *outputs,
+        scratch, n, m, *cost.stride(), num_iters, history.shape[-1],
         batch.epsilon, tol, 1.0 if relaxation == 0 else relaxation, *batch.damping(),
         HAS_A=batch.a is not None, HAS_B=batch.b is not None,
         HAS_F=batch.initial_f is not None, HAS_G=batch.initial_g is not None,
@@ -215,11 +221,11 @@ def _on_chip(batch: Problems, history, incoming, grads, num_iters, gradient) -> 
     grad_transport, grad_regularized, grad_f, grad_g = incoming
     count, n, m = batch.sizes
     out_i, out_j = grad_cost.stride()[1:] if grad_cost.numel() else (m, 1)
-    scratch = _runtime.empty((count, 2, m), history)
+    cost, scratch = compact(batch.cost), _runtime.empty((count, 2, m), history)
     adjoint_f, adjoint_g = _runtime.empty((count, n), history), _runtime.empty((count, m), history)
     differentiate_small[(count,)](
-        batch.cost, batch.a, batch.b, batch.initial_g, history, grad_transport, grad_regularized, grad_f, grad_g,
-        grad_cost, grad_a, grad_b, adjoint_f, adjoint_g, scratch, n, m, *batch.cost.stride(), out_i, out_j, history.shape[-1],
+        cost, batch.a, batch.b, batch.initial_g, history, grad_transport, grad_regularized, grad_f, grad_g,
+        grad_cost, grad_a, grad_b, adjoint_f, adjoint_g, scratch, n, m, *cost.stride(), out_i, out_j, history.shape[-1],
         batch.epsilon, *batch.damping(),
         HAS_A=batch.a is not None, HAS_B=batch.b is not None, HAS_G=batch.initial_g is not None,
         IN_TRANSPORT=grad_transport is not None, IN_REGULARIZED=grad_regularized is not None,
@@ -229,3 +235,38 @@ def _on_chip(batch: Problems, history, incoming, grads, num_iters, gradient) -> 
         **tile_of(n, m, batch.cost.dtype).launch,
     )  # fmt: skip
     return adjoint_f, adjoint_g
+
+
+def aot_cases() -> list[_runtime.AotCase]:
+    """Small problems of the published sizes, and the half-iterations of a large one."""
+    from . import _sinkhorn_aot as aot
+
+    cases = []
+    for n, dtype, keep, quick in (
+        (16, torch.float32, 2, True), (64, torch.float32, 2, False), (128, torch.float32, 2, False),
+        (64, torch.float64, 2, False),
+    ):  # fmt: skip
+        launch, what = tile_of(n, n, dtype).launch, f"{n} x {n} {_runtime.SIGNATURE_DTYPES[dtype]}"
+        spills = {"may_spill": n > 64 or dtype == torch.float64, "quick": quick}
+        given = {"HAS_A": True, "HAS_B": True, "HAS_G": False, "PLAIN": True}
+        forward = given | {"HAS_F": False, "KEEP": keep, "STOP": False, "AUTO": False, "RELAXED": False}
+        cases.append(aot.case(f"solve {what}", solve_small, dtype, forward, launch, ("initial_f", "initial_g"), **spills))
+        backward = given | {
+            "IN_TRANSPORT": True, "IN_REGULARIZED": False, "IN_F": False, "IN_G": False, "MODE": 0, "NEED_COST": True,
+            "NEED_A": True, "NEED_B": True,
+        }  # fmt: skip
+        absent = ("initial_g", "grad_regularized", "grad_f", "grad_g")
+        cases.append(aot.case(f"unroll {what}", differentiate_small, dtype, backward, launch, absent, **spills))
+    for dtype in (torch.float32, torch.float64):
+        half = {
+            "GIVEN": True, "KEPT": True, "BEFORE": False, "RUNNING": False, "RELAXED": False, "AUTO": False,
+        }  # fmt: skip
+        absent = ("kept_before", "running", "omega_at")
+        cases.append(aot.tiles("half iteration", large.half_iteration, dtype, -1, half, absent))
+        back = {"GIVEN": True, "STARTS": True}
+        cases.append(aot.tiles("adjoint half", large.back_half, dtype, -1, back))
+        gradient = {"HAS_A": True, "HAS_B": True, "CONSTANT": False, "UNROLL": True}
+        cases.append(aot.tiles("cost gradient", large.cost_gradient, dtype, aot.NO_METRIC, gradient))
+    sums = {"SPENT": True, "RUNNING": False}
+    cases.append(aot.tiles("plan sums", large.plan_sums, torch.float32, -1, sums, ("running",)))
+    return cases

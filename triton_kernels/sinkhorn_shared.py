@@ -81,3 +81,8 @@ def _differentiate(batch: Problems, history, incoming, grad_cost, sides, num_ite
     differentiate(batch, history, tuple(incoming), (by_cost, *sides), num_iters, gradient)
     if grad_cost.numel():
         grad_cost.add_(by_cost.sum(0))
+
+
+def aot_cases() -> list[_runtime.AotCase]:
+    """None: the kernels are those of ``sinkhorn``."""
+    return []
