@@ -56,6 +56,8 @@ def case(
 def tiles(kernel_name: str, kernel: Any, dtype: torch.dtype, metric: int, constants: dict[str, Any], absent=()) -> AotCase:
     """A kernel of ``_sinkhorn_tiles`` for 1024 x 1024 problems."""
     rows, columns = large.block_of(1024, 1024, dtype)
+    if "gradient" in kernel_name:
+        columns //= 2
     sizes = {"METRIC": metric, "BN": rows, "BM": columns} if metric != NO_METRIC else {"BN": rows, "BM": columns}
     kind = {-1: "", 0: " l1", 1: " l2", 2: " square"}[metric if metric != NO_METRIC else -1]
     what = f"{kernel_name}{kind} {SIGNATURE_DTYPES[dtype]}"

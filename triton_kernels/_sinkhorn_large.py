@@ -322,7 +322,7 @@ def gradient_of_costs(costs: Costs, sides: Sides, adjoint: Adjoint, out: Tensor)
     problems = len(adjoint.steps)
     together = problems // len(out)
     rows, columns = block_of(costs.n, costs.m, dtype_of(costs))
-    rows = min(rows, 16)
+    rows, columns = min(rows, 16), max(1, columns // 2)
     cost_gradient[(cdiv(costs.n, rows), cdiv(costs.m, columns), len(out))](
         costs.left, *_operands(sides, adjoint, costs.n), out, costs.n, costs.m, problems, together, *costs.strides,
         *out.stride(), adjoint.potentials.stride(0), costs.n + costs.m, sides.epsilon, sides.lambda_a, sides.lambda_b,
@@ -335,6 +335,7 @@ def gradient_of_points(costs: Costs, sides: Sides, adjoint: Adjoint, flipped: bo
     view = costs.swapped() if flipped else costs
     problems = len(adjoint.steps)
     rows, columns = block_of(view.n, view.m, dtype_of(costs))
+    columns = max(1, columns // 2)
     out = _runtime.empty((problems, costs.d, view.n), adjoint.by_a).zero_()
     point_gradient[(cdiv(view.n, rows), problems)](
         view.left, view.right, *_operands(sides, adjoint, costs.n), out, view.n, view.m, problems, costs.d, costs.wide,

@@ -263,13 +263,12 @@ def aot_cases() -> list[_runtime.AotCase]:
 
     cases = []
     half = {"GIVEN": True, "KEPT": True, "BEFORE": False, "RUNNING": False, "RELAXED": False, "AUTO": False}
-    for metric in (METRICS["l1"], METRICS["l2"], _SQUARE):
+    for metric in (METRICS["l1"], _SQUARE):
         absent = ("kept_before", "running", "omega_at")
         cases.append(aot.tiles("half iteration", large.half_iteration, torch.float32, metric, half, absent))
     gradient = {"HAS_A": True, "HAS_B": True, "CONSTANT": False, "UNROLL": True}
-    for flipped in (False, True):
+    for flipped in (True,):
         name = "columns' gradient" if flipped else "rows' gradient"
         constants = gradient | {"FLIPPED": flipped}
         cases.append(aot.tiles(name, large.point_gradient, torch.float32, _SQUARE, constants))
-    cases.append(aot.tiles("plan product", apply_plan, torch.float32, _SQUARE, {"BK": 8}))
     return cases
