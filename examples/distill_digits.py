@@ -1,6 +1,7 @@
 """Distils handwritten digits: cross-entropy, KL distillation and SinKD on the same splits and initial weights.
 
     python examples/distill_digits.py --out out
+    python examples/distill_digits.py --method all --out out      # every method, on small convolutional networks
 
 The teacher learns from half of the rows, the student from 128 of them: what a teacher knows matters most where data
 are few. This writes out/report.md, out/distill_digits.png and out/results.json. The data ship with scikit-learn. What
@@ -21,12 +22,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -34,12 +33,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # bench/ lies beside examples/; appended, so that an installed otkd_fast goes before the folder of the same name.
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path += [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+
+from digits_data import BATCH, Digits, Progress, batches, load, mean_and_error  # noqa: E402
 
 from bench import cost_l1, measure, report, run, sinkd  # noqa: E402
 from otkd_fast.losses import SinKD  # noqa: E402
 
-BATCH, TEACHER_EPOCHS, STUDENT_EPOCHS, STUDENT_ROWS, HIDDEN = 64, 40, 150, 128, 16
+TEACHER_EPOCHS, STUDENT_EPOCHS, STUDENT_ROWS, HIDDEN = 40, 150, 128, 16
 KL_GRID = [{"alpha": a, "tau": t} for a, t in itertools.product((0.5, 0.8, 0.95), (1.0, 2.0, 4.0))]
 # The paper's own grid for CIFAR-100.
 SINKD_GRID = [{"alpha": a, "tau": 4.0, "beta": b} for a, b in itertools.product((0.85, 0.9, 0.95), (0.08, 0.8, 8.0))]
@@ -48,53 +49,6 @@ SINKD_CHOICE = {"alpha": 0.85, "tau": 4.0, "beta": 0.08}
 FIRST_TUNING_SEED = 1000
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student logits (b, 10), teacher logits (b, 10), labels (b,)
-
-
-@dataclass
-class Digits:
-    """Images (n, 64) in [0, 1] and labels (n,), split into two halves with equal class shares."""
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-
-class Progress:
-    """A progress bar on one line; without a terminal, one line for every tenth of the work."""
-
-    def __init__(self, total: int, title: str) -> None:
-        self.total, self.title, self.done, self.shown = total, title, 0, -1
-
-    def step(self, count: int = 1) -> None:
-        self.done += count
-        tenth = 10 * self.done // self.total
-        if sys.stderr.isatty():
-            filled = 30 * self.done // self.total
-            end = "\n" if self.done == self.total else ""
-            print(
-                f"\r{self.title:28} [{'#' * filled}{'.' * (30 - filled)}] {self.done}/{self.total}",
-                end=end,
-                file=sys.stderr,
-            )
-        elif tenth > self.shown:
-            self.shown = tenth
-            print(f"{self.title}: {self.done}/{self.total}", file=sys.stderr, flush=True)
-
-
-def load(seed: int, validation: bool = False) -> Digits:
-    """The digits, halved by seed; with `validation` the training half is split again, the test half not used."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16.0).astype("float32")
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.5, stratify=y, random_state=seed)
-    if validation:
-        train_x, test_x, train_y, test_y = train_test_split(
-            train_x, train_y, test_size=0.3, stratify=train_y, random_state=seed
-        )
-    return Digits(*(torch.as_tensor(part) for part in (train_x, train_y, test_x, test_y)))
 
 
 def make_teacher() -> nn.Module:
@@ -142,14 +96,6 @@ def with_transport(
 
 def sinkd_loss(alpha: float, tau: float, beta: float) -> Loss:
     return with_transport(alpha, tau, beta, SinKD(reduction="mean"), divide=False)
-
-
-def batches(data: Digits, epochs: int, seed: int) -> Iterator[Tensor]:
-    """Row indices of each batch; the last short batch of an epoch is dropped. The order depends on the seed only."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = torch.randperm(len(data.train_y), generator=generator)
-        yield from order[: len(order) // BATCH * BATCH].split(BATCH)
 
 
 def train_teacher(data: Digits, epochs: int, seed: int) -> nn.Module:
@@ -268,12 +214,6 @@ def microbenchmark(quick: bool) -> dict:
     return run.make_report(measured)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error (0 for a single value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.mean(values), error
-
-
 def verdict(better: list[float], than: list[float], names: tuple[str, str]) -> str:
     """What the paired differences over the seeds say."""
     mean, error = mean_and_error([a - b for a, b in zip(better, than, strict=True)])
@@ -361,11 +301,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="two epochs and short timings: a test that everything runs"
     )
+    parser.add_argument(
+        "--method", nargs="+", metavar="NAME", help="compare methods: 'all', or names (an unknown one lists them)"
+    )
     parser.add_argument("--tune", action="store_true", help="print the validation accuracy of all settings, then stop")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {options.seeds}")
     torch.set_num_threads(1)  # models this small gain nothing from a second thread
+    if options.method:
+        import digits_methods
+
+        digits_methods.run(options.method, options.out, options.seeds, options.quick, options.tune)
+        return
     if options.tune:
         tune(options.seeds)
         return

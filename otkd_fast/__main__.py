@@ -1,4 +1,7 @@
-"""``python -m otkd_fast [--json]``: what is installed, what each operator can run on, and whether it computes right."""
+"""``python -m otkd_fast [--json]``: what is installed, what each operator can run on, and whether it computes right.
+
+``python -m otkd_fast cost-matrix``: the cost between categories for WKD-L.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,19 @@ import argparse
 import json
 import sys
 
-from otkd_fast import _info
+from otkd_fast import _cost_matrix_command, _info
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; 0, or 1 if a compiled backend disagrees with the reference."""
+    """Print the report; 0, or 1 if a compiled backend disagrees with the reference. Or run the command named first."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["cost-matrix"]:
+        return _cost_matrix_command.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m otkd_fast",
         description="What is installed, what each operator can run on, and a one-second test of every compiled "
         "backend against the reference. Exit code 1 if that test fails.",
+        epilog="Another command: 'python -m otkd_fast cost-matrix --help', the cost between categories for WKD-L.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(arguments)

@@ -32,9 +32,19 @@ OPS = (
 
 # ops that have kernels and a public function that uses them, by backend; the reference has all
 KERNELS = {
-    "cpu": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkhorn_points", "sinkd"),
+    "cpu": (
+        "cost_matrix",
+        "sinkhorn",
+        "sinkhorn_shared",
+        "sinkhorn_points",
+        "sinkd",
+        "polar",
+        "sqrtm",
+        "gaussian_wasserstein",
+        "feature_moments",
+    ),
     "cuda": (),
-    "triton": ("sinkhorn", "sinkhorn_shared", "sinkhorn_points"),
+    "triton": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkhorn_points", "polar"),
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"

@@ -62,9 +62,17 @@ class _Missing:
         raise RuntimeError(f"the Triton kernel {self.__name__} cannot run: {_triton.reason}")
 
 
-def jit(function: Any) -> Any:
-    """triton.jit; a stand-in that raises at its first launch where Triton is not installed."""
-    return _Missing(function.__name__) if triton is None else triton.jit(function)
+def jit(function: Any = None, *, generic: Sequence[str] = ()) -> Any:
+    """triton.jit; a stand-in that raises at its first launch where Triton is not installed.
+
+    `generic`: integers whose value does not matter to the code. Triton compiles anew for others when they become 1 or
+    a multiple of 16.
+    """
+    if function is None:
+        return lambda function: jit(function, generic=generic)
+    if triton is None:
+        return _Missing(function.__name__)
+    return triton.jit(function, do_not_specialize=list(generic))
 
 
 def constant(value: Any) -> Any:
@@ -74,7 +82,7 @@ def constant(value: Any) -> Any:
 
 @jit
 def scalar(value, DTYPE: tl.constexpr):  # noqa: N803
-    """A float argument in the dtype of the data. Annotate it as `fp64`: Triton would round it to float32 otherwise."""
+    """A float argument in the dtype of the data; annotated as `tl.float64`, or else Triton rounds it to float32."""
     return (tl.full((), 0, DTYPE) + value).to(DTYPE)
 
 

@@ -35,6 +35,8 @@ void bind_sinkhorn(pybind11::module_& module);
 void bind_sinkhorn_shared(pybind11::module_& module);
 void bind_sinkhorn_points(pybind11::module_& module);
 void bind_sinkd(pybind11::module_& module);
+void bind_gaussian(pybind11::module_& module);
+void bind_moments(pybind11::module_& module);
 void bind_polar(pybind11::module_& module);
 void bind_sqrtm(pybind11::module_& module);
 

@@ -18,10 +18,10 @@ namespace OTKD_ISA {
 namespace {
 
 template <class T>
-constexpr double kPivot = sizeof(T) == sizeof(float) ? 1.0 : 8.0;
+constexpr double kPivot = sizeof(T) == sizeof(float) ? 0.25 : 8.0;
 // Entries of what is left beyond the rank found may be this many units; beyond, A is indefinite.
 template <class T>
-constexpr double kRest = 16 * kPivot<T>;
+constexpr double kRest = sizeof(T) == sizeof(float) ? 16.0 : 128.0;
 
 template <class T>
 struct Cholesky {
@@ -63,8 +63,7 @@ struct Cholesky {
         for (int64_t j = n; j < ld; ++j) rest[j] = 0;
     }
 
-    Definiteness factorize() {
-        const double tolerance = kPivot<T> * std::numeric_limits<T>::epsilon();
+    Definiteness factorize(double tolerance = kPivot<T> * std::numeric_limits<T>::epsilon()) {
         for (rank = 0; rank < n; ++rank) {
             int64_t best = rank;
             for (int64_t j = rank + 1; j < n; ++j) best = rest[j] > rest[best] ? j : best;

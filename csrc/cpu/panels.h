@@ -171,6 +171,15 @@ void mirror(const Panels<T>& c, int64_t i, int64_t j) {
     }
 }
 
+// The upper triangle of the block of kPanel rows at (i, i) from its lower one.
+template <class T>
+void mirror_diagonal(const Panels<T>& c, int64_t i) {
+    T* block = c.data + c.offset(i, i);
+    for (int r = 1; r < kPanel<T>; ++r) {
+        for (int s = 0; s < r; ++s) block[s * kPanel<T> + r] = block[r * kPanel<T> + s];
+    }
+}
+
 // C = A^T B where that is symmetric, (size, size); the caller waits for the team.
 template <class T, class Depth, class Finish>
 void multiply_symmetric(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t size, Depth depth,
@@ -186,6 +195,8 @@ void multiply_symmetric(const Panels<T>& a, const Panels<T>& b, const Panels<T>&
                 if (slice.empty()) continue;
                 tiles<T, true>(a, b, c, i, i + kPanel<T> < size ? i + kPanel<T> : size, p, lower, slice, finish);
                 for (int64_t s = p; slice.last && s < p + lower && s < q; ++s) mirror(c, i, s * kPanel<T>);
+                // of A^T A they come out symmetric
+                if (slice.last && q < p + lower && a.data != b.data) mirror_diagonal(c, i);
             }
         }
     }

@@ -11,21 +11,13 @@ from .._values import values_readable
 from ..functional.cost_matrix import cost_matrix
 from ..functional.sinkd import sinkd_transport_cost
 from ..functional.sinkhorn import sinkhorn
+from ._common import zero
 
 if TYPE_CHECKING:
     from .sinkd import _Options
 
 # The factor that the released code puts in front of the loss; the paper has none.
 RELEASED_FACTOR = 0.001
-
-
-def at_least_float32(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in their common dtype, float16 and bfloat16 raised to float32."""
-    dtype = student.dtype
-    if dtype is teacher.dtype and dtype in (torch.float32, torch.float64):
-        return student, teacher
-    dtype = torch.promote_types(torch.promote_types(dtype, teacher.dtype), torch.float32)
-    return student.to(dtype), teacher.to(dtype)
 
 
 def one_hot_rows(labels: Tensor, student: Tensor, mask: Tensor | None) -> Tensor:
@@ -37,12 +29,6 @@ def one_hot_rows(labels: Tensor, student: Tensor, mask: Tensor | None) -> Tensor
             raise ValueError(f"teacher: expected labels in [0, {d}), got values from {kept.min()} to {kept.max()}")
     classes = torch.arange(d, device=labels.device, dtype=labels.dtype if d <= torch.iinfo(labels.dtype).max else None)
     return (labels.unsqueeze(-1) == classes).to(student.dtype)
-
-
-def zero(*tensors: Tensor) -> Tensor:
-    """An exact 0 that is attached to the graph of the tensors (gradient 0), whatever values they hold."""
-    terms = [torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0).sum() for x in tensors]
-    return sum(terms[1:], terms[0])
 
 
 def _batch(

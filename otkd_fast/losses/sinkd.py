@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional._validate import check_choice, positive_float, positive_int
 from . import _sinkd_forms as _forms
+from ._common import at_least_float32, zero
 
 __all__ = ["SinKD", "sinkd"]
 
@@ -222,9 +223,9 @@ def _loss(student: Tensor, teacher: Tensor, mask: Tensor | None, options: _Optio
     if not teacher.is_floating_point():
         teacher = _forms.one_hot_rows(teacher, student, mask)
         teacher_temperature = 0.0
-    student, teacher = _forms.at_least_float32(student, teacher)
+    student, teacher = at_least_float32(student, teacher)
     if student.shape[0] == 0:
-        return _forms.zero(student, teacher)
+        return zero(student, teacher)
     if mask is not None:
         # Rows left out may hold anything, NaN included: they are overwritten before any arithmetic.
         keep = mask if student.dim() == 1 else mask.unsqueeze(-1)

@@ -17,7 +17,6 @@ import pkgutil
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,12 +30,14 @@ def modules() -> list[str]:
     return sorted(names)
 
 
-def cases(names: Sequence[str] | None = None, *, quick: bool = False) -> Iterator[tuple[str, object]]:
-    """("module: case", AotCase) of the named modules (None: all)."""
+def cases(
+    names: Sequence[str] | None = None, *, quick: bool = False, pattern: str = ""
+) -> Iterator[tuple[str, object]]:
+    """("module: case", AotCase) of the named modules (None: all) whose names the pattern is found in."""
     for name in names or modules():
         module = importlib.import_module(f"otkd_fast.triton_kernels.{name}")
         for case in module.aot_cases():
-            if case.quick or not quick:
+            if (case.quick or not quick) and re.search(pattern, case.name):
                 yield f"{name}: {case.name}", case
 
 
@@ -59,9 +60,9 @@ def measure(case, architecture: int) -> dict[str, float]:
         raise ValueError(f"{case.name}: not arguments of {case.kernel.__name__}: {unknown}; without a type: {missing}")
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constexprs), attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
-    start = time.perf_counter()
+    start = sum(os.times()[:4])
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    seconds = time.perf_counter() - start
+    seconds = sum(os.times()[:4]) - start  # of this process and ptxas
     registers, stack = _resources(compiled.asm["cubin"])
     found = {"registers": registers, "spills": stack, "shared": int(compiled.metadata.shared)}
     return found | {"seconds": round(seconds, 2)}
@@ -97,13 +98,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--modules", nargs="*", help="default: all")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="found in the names of the cases; default: all")
     parser.add_argument("--quick", action="store_true", help="the cases of the default tests only")
     parser.add_argument("--update", type=Path, metavar="FOLDER", help="put the figures into its tables")
     options = parser.parse_args()
     import triton
 
     kernels: dict[str, dict[str, dict]] = {}
-    for name, case in cases(options.modules, quick=options.quick):
+    for name, case in cases(options.modules, quick=options.quick, pattern=options.cases):
         for architecture in options.arch:
             kernels.setdefault(name, {})[str(architecture)] = found = measure(case, architecture)
             print(name, architecture, found, file=sys.stderr, flush=True)

@@ -2,7 +2,8 @@
 
 The interpreter does not notice accesses out of bounds. Here every access is checked twice: each address that a kernel
 loads or stores, where it is not masked off, must lie in a tensor of its arguments; and inputs and results lie between
-bands of NaN that must be untouched afterwards.
+bands of NaN that must be untouched afterwards. The interpreter also cuts float32 to bfloat16 off where a GPU rounds to
+nearest: here it rounds.
 """
 
 from __future__ import annotations
@@ -135,6 +136,24 @@ class _Placed(torch.autograd.Function):
         return grad, None
 
 
+def repair_rounding() -> None:
+    """From now on the interpreter rounds float32 to the nearest bfloat16, as a GPU does."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    before = builder.cast_impl
+    if getattr(before, "rounds", False):
+        return
+
+    def cast(self, source, kind):
+        if source.dtype.scalar.name == "fp32" and kind.scalar.name == "bf16":
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data, dtype=np.float32)).bfloat16()
+            return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), kind.scalar)
+        return before(self, source, kind)
+
+    cast.rounds = True
+    builder.cast_impl = cast
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte and one past the last of the elements of a tensor."""
     start = tensor.data_ptr()
@@ -148,6 +167,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def _checked_addresses(guards: Guards) -> Iterator[None]:
     """The interpreter's loads and stores compared with the memory of the arguments of the kernel that runs."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
+    repair_rounding()
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     before = executor.__call__, builder.create_masked_load, builder.create_masked_store
     spans: list[tuple[np.ndarray, np.ndarray]] = []
@@ -163,7 +183,9 @@ def _checked_addresses(guards: Guards) -> Iterator[None]:
             spans.pop()
 
     def check(pointers, mask, what: str) -> None:
-        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.uint64).reshape(-1, 1)
+        at = (
+            pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.uint64).reshape(-1, 1)
+        )
         starts, stops, kernel = spans[-1]
         width = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
         outside = ~((at >= starts) & (at + width <= stops)).any(-1)

@@ -49,3 +49,22 @@ def test_seeds_must_be_positive(tmp_path):
     pytest.importorskip("sklearn")
     result = demo(tmp_path, "--seeds", "0")
     assert result.returncode == 2 and "--seeds" in result.stderr
+
+
+def test_every_method(tmp_path):
+    pytest.importorskip("sklearn")
+    result = demo(tmp_path, "--method", "all", "--quick", "--seeds", "1", block=("matplotlib",))
+    assert result.returncode == 0, result.stderr
+    methods = json.loads((tmp_path / "digits_methods.json").read_text())["methods"]
+    published = {"SinKD", "WKD-L", "WKD-F", "WKD-F full", "WKL"}
+    assert published | {"teacher", "cross-entropy", "KL"} <= set(methods)
+    assert all(5.0 < row["accuracy"][0] <= 100.0 for row in methods.values())
+    report = (tmp_path / "digits_methods.md").read_text()
+    assert all(f"| {name} |" in report for name in published) and "Left out: the plot" in report
+
+
+def test_unknown_method_names_those_that_are_there(tmp_path):
+    pytest.importorskip("sklearn")
+    result = demo(tmp_path, "--method", "magic")
+    assert result.returncode == 1
+    assert "--method: expected 'all' or some of" in result.stderr and "'WKD-L'" in result.stderr

@@ -58,8 +58,28 @@ def test_cuda_version_is_found_in_cuda_home(setup_py, monkeypatch, tmp_path):
 def test_cuda_version_that_is_not_there_names_those_that_are(setup_py, monkeypatch, tmp_path):
     nvcc = fake_nvcc(tmp_path, "Cuda compilation tools, release 98.7, V98.7.1")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(SystemExit, match=rf"OTKD_FAST_CUDA=98\.6: no such CUDA toolkit .*{re.escape(nvcc)} \(98\.7\)"):
-        setup_py.find_cuda("98.6")
+    with pytest.raises(SystemExit, match=rf"OTKD_FAST_CUDA=12\.8: no such CUDA toolkit .*{re.escape(nvcc)} \(98\.7\)"):
+        setup_py.find_cuda("12.8")
+
+
+def test_a_toolkit_that_packages_hold_is_fetched(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(setup_py.sys, "path", [])
+    assert setup_py.find_cuda("98.7") == (None, "98.7")
+    monkeypatch.setenv("OTKD_FAST_CUDA", "98.7")
+    assert setup_py.plan() == (f"{_version.base}+cu987", (None, "98.7"), None)
+    assert setup_py.compiler_packages("98.7") == (
+        "nvidia-cuda-nvcc==98.7.*", "nvidia-cuda-crt==98.7.*", "nvidia-nvvm==98.7.*", "nvidia-cuda-runtime==98.7.*",
+        "nvidia-cuda-cccl==98.*",
+    )  # fmt: skip
+
+
+def test_a_fetched_toolkit_is_found_by_its_version(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    nvcc = fake_nvcc(tmp_path / "nvidia" / "cu98", "Cuda compilation tools, release 98.7, V98.7.1")
+    monkeypatch.setattr(setup_py.sys, "path", ["", "/nowhere", str(tmp_path)])
+    assert setup_py.find_cuda("98.7") == (nvcc, "98.7")
+    assert setup_py.find_cuda("98.6") == (None, "98.6")
 
 
 def test_auto_takes_nvcc_on_path(setup_py, monkeypatch, tmp_path):

@@ -1,0 +1,112 @@
+"""The two terms of WKD's logit loss for rows of logits; WKL is made of them too."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional._validate import check_choice, check_tensor, positive_float, positive_int
+from ..functional.sinkhorn import sinkhorn
+from ._common import check_backend
+
+VARIANTS = ("released", "paper")
+GRADIENTS = ("unroll", "last_step", "implicit")
+COST_FLOOR = 1e-8  # added to the cost by the released code
+GUARD = 1e-8  # added to the denominators of the scalings by the released code
+
+
+class Transport(NamedTuple):
+    """The checked parameters of the transport term."""
+
+    temperature: float
+    epsilon: float
+    num_iters: int
+    variant: str
+    gradient: str
+    backend: str | None
+
+
+def check_transport(temperature, epsilon, num_iters, variant, gradient, backend) -> Transport:
+    """Raise for parameters that are wrong by themselves or together."""
+    temperature, epsilon = positive_float("temperature", temperature), positive_float("epsilon", epsilon)
+    num_iters = positive_int("num_iters", num_iters)
+    check_choice("variant", variant, VARIANTS)
+    check_choice("gradient", gradient, GRADIENTS)
+    if variant == "released" and gradient != "unroll":
+        raise ValueError(
+            f"gradient: expected 'unroll' with variant='released', got {gradient!r} (variant='paper' takes the others)"
+        )
+    return Transport(temperature, epsilon, num_iters, variant, gradient, check_backend(backend))
+
+
+def check_cost(cost: Tensor, classes: int | None = None, names: str = "") -> None:
+    """A square floating-point matrix, (classes, classes) if their number is known; `names`: where it is known from."""
+    check_tensor("cost", cost, 2, "(C, C)")
+    if cost.dim() != 2 or cost.shape[0] != cost.shape[1] or cost.shape[0] < 2:
+        raise ValueError(f"cost: expected shape (C, C) with C >= 2, got {tuple(cost.shape)}")
+    if classes is not None and cost.shape[0] != classes:
+        raise ValueError(
+            f"cost: expected shape {(classes, classes)} for {names} with {classes} classes, got {tuple(cost.shape)}"
+        )
+
+
+def finished_cost(cost: Tensor, kappa: float) -> Tensor:
+    """relu(c) + 1e-8 with c = 1 - exp(-kappa cost), or c = cost if kappa is 0; at least float32."""
+    cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
+    return torch.relu(sharpened(cost, kappa)) + COST_FLOOR
+
+
+def sharpened(distance: Tensor, kappa: float) -> Tensor:
+    """1 - exp(-kappa distance), or the distance itself if kappa is 0."""
+    return -torch.expm1(-kappa * distance) if kappa else distance
+
+
+def target_term(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """-p_T(y) log p_S(y) (N,) of logits (N, C) at temperature 1; target bool (N, C), True at the label."""
+    log_s = torch.log_softmax(student, -1)
+    p_t = torch.softmax(teacher, -1)
+    return -torch.where(target, p_t * torch.where(target, log_s, 0), 0).sum(-1)
+
+
+def probabilities(logits: Tensor, temperature: float, target: Tensor | None) -> Tensor:
+    """softmax(logits / temperature) (N, C), over the classes other than the target: that has mass 0."""
+    if target is not None:
+        logits = torch.where(target, -torch.inf, logits)
+    return torch.softmax(logits / temperature, -1)
+
+
+def transport_term(student: Tensor, teacher: Tensor, target: Tensor | None, cost: Tensor, options: Transport) -> Tensor:
+    """<P, cost> (N,) of the plan between the softmaxed rows; the target class takes no part.
+
+    Args:
+        student, teacher: logits (N, C), float32 or float64 alike.
+        target: bool (N, C), True at the label; None: all classes take part.
+        cost: (C, C) in their dtype, as :func:`finished_cost` makes it.
+    """
+    rows = probabilities(student, options.temperature, target)
+    columns = probabilities(teacher, options.temperature, target)
+    if options.variant == "released":
+        return _guarded(rows, columns, target, cost, options)
+    return sinkhorn(
+        cost, rows, columns, epsilon=options.epsilon, num_iters=options.num_iters, update_first="b",
+        gradient=options.gradient, backend=options.backend,
+    ).transport_cost  # fmt: skip
+
+
+def _guarded(rows: Tensor, columns: Tensor, target: Tensor | None, cost: Tensor, options: Transport) -> Tensor:
+    """The released loop: scalings with a guard in their denominators, started at one over the number of classes.
+
+    Two products (N, C) x (C, C) an iteration for the whole batch, kept by autograd: 2 num_iters N C numbers.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        support = rows.shape[-1] - (target is not None)
+        u = torch.full_like(rows, 1 / support)
+        if target is not None:
+            u = torch.where(target, 0, u)
+        kernel = torch.exp(-cost / options.epsilon)
+        for _ in range(options.num_iters):
+            v = columns / (u @ kernel + GUARD)
+            u = rows / (v @ kernel.mT + GUARD)
+        return ((u @ (kernel * cost)) * v).sum(-1)
