@@ -108,6 +108,17 @@ def wkd_feature(covariance: str) -> Callable[[Tensor, Tensor], Callable[[Step], 
     return lambda features, labels: lambda step: loss(step.student.maps, step.teacher.maps)
 
 
+def wcord(features: Tensor, labels: Tensor) -> Callable[[Step], Tensor]:
+    width = features.shape[1]
+    critic = losses.WCoRD(width, width, num_samples=len(labels), num_negatives=64, embedding_dim=32, hidden_dim=32)
+
+    def loss(step: Step) -> Tensor:
+        return critic(step.student.features, step.teacher.features, step.rows)
+
+    loss.parameters = list(critic.parameters())
+    return loss
+
+
 METHODS: dict[str, Method] = {
     "cross-entropy": Method(0.0, lambda features, labels: lambda step: step.student.logits.sum()),
     "KL": Method(1.0, kl),
@@ -116,6 +127,12 @@ METHODS: dict[str, Method] = {
     "WKD-F": Method(1.0, wkd_feature("diagonal")),
     "WKD-F full": Method(1.0, wkd_feature("full")),
     "WKL": Method(1.0, wkl),
+    "KD2M W2": Method(1.0, on_features(losses.KD2M(metric="w2", solver="sinkhorn", epsilon=0.1))),
+    "KD2M CW2": Method(1.0, on_features(losses.KD2M(metric="cw2", solver="sinkhorn", epsilon=0.1, num_classes=10))),
+    "KD2M W2 Gaussian": Method(1.0, on_features(losses.KD2M(metric="w2_gaussian"))),
+    "KD2M W2 Gaussian, full": Method(1.0, on_features(losses.KD2M(metric="w2_gaussian", covariance="full"))),
+    "KD2M MMD": Method(1.0, on_features(losses.KD2M(metric="mmd", kernel="rbf"))),
+    "WCoRD": Method(1.0, wcord),
 }
 
 
@@ -138,7 +155,8 @@ def train_student(
     few = Digits(data.train_x[:STUDENT_ROWS], data.train_y[:STUDENT_ROWS], data.test_x, data.test_y)
     student = Network(STUDENT_CHANNELS, project=TEACHER_CHANNELS[1])
     distil = METHODS[name].build(taught.features[:STUDENT_ROWS], few.train_y)
-    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    trained = [*student.parameters(), *getattr(distil, "parameters", ())]  # WCoRD has embeddings and a critic
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
     steps = list(batches(few, epochs, seed))
     times = []
     for k, rows in enumerate(steps):
