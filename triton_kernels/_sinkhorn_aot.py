@@ -11,8 +11,10 @@ from ._runtime import SIGNATURE_DTYPES, TL_DTYPES, AotCase
 
 _SIZES = ("n", "m", "d", "width", "num_iters", "step", "problems", "together")
 _DOUBLES = (
-    "history", "scratch", "adjoint_f", "adjoint_g", "own", "other", "kept", "kept_before", "omega_at", "previous_at", "phi",
-    "gamma", "rows", "columns", "mass", "spent", "potentials_n", "potentials_m", "f_bar", "g_bar", "transport_at", "value_at",
+    "history", "scratch", "adjoint_f", "adjoint_g", "own", "other", "kept", "kept_before", "omega_at", "previous_at",
+    "phi",
+    "gamma", "rows", "columns", "mass", "spent", "potentials_n", "potentials_m", "f_bar", "g_bar", "transport_at",
+    "value_at",
     "adjoint", "start",
 )  # fmt: skip
 _FLOATS = ("epsilon", "tol", "omega", "lambda_a", "lambda_b", "drop_a", "drop_b", "factor", "exponent")
@@ -36,7 +38,8 @@ def _type(kernel: str, name: str, dtype: torch.dtype, metric: int) -> str:
 
 
 def case(
-    name: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any], absent: tuple[str, ...] = (),
+    name: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any], absent: tuple[str,
+    ...] = (),
     **keywords: bool,
 ) -> AotCase:  # fmt: skip
     """`absent`: the arguments that are None."""
@@ -53,7 +56,8 @@ def case(
     return AotCase(name, kernel, signature, constants, warps, stages, fusion, **keywords)
 
 
-def tiles(kernel_name: str, kernel: Any, dtype: torch.dtype, metric: int, constants: dict[str, Any], absent=()) -> AotCase:
+def tiles(kernel_name: str, kernel: Any, dtype: torch.dtype, metric: int, constants: dict[str, Any],
+absent=()) -> AotCase:
     """A kernel of ``_sinkhorn_tiles`` for 1024 x 1024 problems."""
     rows, columns = large.block_of(1024, 1024, dtype)
     if "gradient" in kernel_name:

@@ -1,6 +1,7 @@
 """What the Sinkhorn kernels share: masses, starts, updates, values and errors of one side, in float64.
 
-Potentials are in units of epsilon ln 2: phi = f log2(e) / epsilon, gamma likewise, so that P_ij = 2^(phi_i + gamma_j - c_ij)
+Potentials are in units of epsilon ln 2: phi = f log2(e) / epsilon, gamma likewise, so that P_ij = 2^(phi_i + gamma_j
+- c_ij)
 with c = C log2(e) / epsilon. They are float64 whatever the data: a float32 problem takes its exponentials in float32,
 of exponents that were formed in float64. -inf stands for what takes no part.
 """

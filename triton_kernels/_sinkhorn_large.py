@@ -1,6 +1,7 @@
 """The host side of ``_sinkhorn_tiles``: the loop of launches, and the vectors around it. Nothing waits for the device.
 
-A history is (P, 2 + slots (n + m)) float64: 0, the iterations that ran, then phi and gamma of each slot (`_sinkhorn_common`).
+A history is (P, 2 + slots (n + m)) float64: 0, the iterations that ran, then phi and gamma of each slot
+(`_sinkhorn_common`).
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def relative(weights: Tensor, potential: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(served, potential - torch.where(weights > 0, weights, 1).log2(), 0), served
 
 
-def start(initial: Tensor | None, weights: Tensor | None, shape: tuple[int, int], like: Tensor, epsilon: float) -> Tensor:
+def start(initial: Tensor | None, weights: Tensor | None, shape: tuple[int, int], like: Tensor,
+epsilon: float) -> Tensor:
     """phi before the first iteration, (P, n) float64."""
     value = _runtime.empty(shape, like, torch.float64).zero_()
     if initial is not None:
@@ -98,7 +100,7 @@ def _half(costs: Costs, sides: Sides, own, other, relaxation, state, kept=None, 
     """`own` after `other`; state: running and omega, or None."""
     rows, columns = block_of(costs.n, costs.m, dtype_of(costs))
     running, omega_at = state
-    half_iteration[(cdiv(costs.n, rows), own.shape[0])](
+    half_iteration[(own.shape[0], cdiv(costs.n, rows))](
         costs.left, costs.right, sides.a, own, other, kept, before, running, omega_at, costs.n, costs.m, *costs.strides,
         costs.d, costs.wide, 0 if kept is None else kept.stride(0), costs.factor, sides.epsilon, sides.lambda_a,
         relaxation or 1.0,
@@ -111,8 +113,9 @@ def _half(costs: Costs, sides: Sides, own, other, relaxation, state, kept=None, 
 def sums(costs: Costs, epsilon: float, own, other, mass, spent=None, running=None) -> None:
     """P 1 into mass, and the costs of the rows into spent."""
     rows, columns = block_of(costs.n, costs.m, dtype_of(costs))
-    plan_sums[(cdiv(costs.n, rows), own.shape[0])](
-        costs.left, costs.right, own, other, mass, spent, running, costs.n, costs.m, *costs.strides, costs.d, costs.wide,
+    plan_sums[(own.shape[0], cdiv(costs.n, rows))](
+        costs.left, costs.right, own, other, mass, spent, running, costs.n, costs.m, *costs.strides, costs.d,
+        costs.wide,
         costs.factor, epsilon,
         METRIC=costs.metric, DATA=TL_DTYPES[dtype_of(costs)], SPENT=spent is not None, RUNNING=running is not None,
         BN=rows, BM=columns, **LAUNCH,
@@ -160,7 +163,8 @@ def solve(
             sums(costs, sides.epsilon, phi, gamma, rows, None, running)
             sums(other_way, sides.epsilon, gamma, phi, columns, None, running)
             decide[(problems,)](
-                sides.a, sides.b, phi, gamma, rows, columns, running, count, omega, previous, n, m, k + 1, tol, sides.drop_a,
+                sides.a, sides.b, phi, gamma, rows, columns, running, count, omega, previous, n, m, k + 1, tol,
+                sides.drop_a,
                 sides.drop_b, HAS_A=sides.a is not None, HAS_B=sides.b is not None, STOP=tol > 0, AUTO=relaxation == 0,
                 DATA=TL_DTYPES[dtype_of(costs)], BLOCK=BLOCK, **LAUNCH,
             )  # fmt: skip
@@ -213,7 +217,8 @@ class Adjoint(NamedTuple):
 
 
 def differentiate(
-    costs: Costs, sides: Sides, initial_g, history: Tensor, incoming: tuple[Tensor | None, ...], num_iters: int, gradient: str
+    costs: Costs, sides: Sides, initial_g, history: Tensor, incoming: tuple[Tensor | None, ...], num_iters: int,
+    gradient: str
 ) -> Adjoint:
     """The adjoint loop; with 'implicit' only the derivatives by the final potentials, in slot 0 of f_bar and g_bar."""
     problems, (n, m) = len(history), (costs.n, costs.m)
@@ -265,7 +270,8 @@ def _end(weights, potential, mass, other_total, drop, epsilon) -> tuple[Tensor, 
     other = epsilon * other_total[:, None]
     if drop:
         exponent = -shift * (drop * math.log(2))
-        by_mass = torch.where(served, -epsilon / drop * exponent.expm1() - epsilon * exponent.exp(), epsilon / drop) + other
+        by_mass = torch.where(served, -epsilon / drop * exponent.expm1() - epsilon * exponent.exp(),
+        epsilon / drop) + other
         counted = weights > 0
     else:
         exponent = torch.zeros_like(shift)
@@ -284,7 +290,8 @@ def _unrolled(costs: Costs, sides: Sides, adjoint: Adjoint, last_f: Tensor, weig
             # g_bar[t - 1] of problems whose last step is t - 1 is there already
             columns = potentials[:, t - 1, n:]
             _back(
-                costs.swapped(), sides.a, sides.lambda_a, columns, now, f_bar[t], g_bar[t - 1], None, steps, t, sides.epsilon
+                costs.swapped(), sides.a, sides.lambda_a, columns, now, f_bar[t], g_bar[t - 1], None, steps, t,
+                sides.epsilon
             )
     by = []
     for weight, bar, direct in zip(weights, (f_bar, g_bar), (adjoint.by_a, adjoint.by_b), strict=True):
@@ -295,8 +302,9 @@ def _unrolled(costs: Costs, sides: Sides, adjoint: Adjoint, last_f: Tensor, weig
 
 def _back(costs: Costs, weights, exponent, own, other, vector, out, first, steps, step, epsilon) -> None:
     rows, columns = block_of(costs.n, costs.m, dtype_of(costs))
-    back_half[(cdiv(costs.n, rows), len(steps))](
-        costs.left, costs.right, weights, own, other, vector, out, first, steps, step, costs.n, costs.m, *costs.strides, costs.d,
+    back_half[(len(steps), cdiv(costs.n, rows))](
+        costs.left, costs.right, weights, own, other, vector, out, first, steps, step, costs.n, costs.m,
+        *costs.strides, costs.d,
         costs.wide, own.stride(0), costs.factor, epsilon, exponent,
         METRIC=costs.metric, DATA=TL_DTYPES[dtype_of(costs)], GIVEN=weights is not None, STARTS=first is not None,
         BN=rows, BM=columns, **LAUNCH,
@@ -305,7 +313,8 @@ def _back(costs: Costs, weights, exponent, own, other, vector, out, first, steps
 
 def _operands(sides: Sides, adjoint: Adjoint, n: int) -> tuple:
     return (
-        sides.a, sides.b, adjoint.potentials, adjoint.potentials[:, :, n:], adjoint.f_bar, adjoint.g_bar, adjoint.transport,
+        sides.a, sides.b, adjoint.potentials, adjoint.potentials[:, :, n:], adjoint.f_bar, adjoint.g_bar,
+        adjoint.transport,
         adjoint.value, adjoint.steps,
     )  # fmt: skip
 
@@ -323,7 +332,7 @@ def gradient_of_costs(costs: Costs, sides: Sides, adjoint: Adjoint, out: Tensor)
     together = problems // len(out)
     rows, columns = block_of(costs.n, costs.m, dtype_of(costs))
     rows, columns = min(rows, 16), max(1, columns // 2)
-    cost_gradient[(cdiv(costs.n, rows), cdiv(costs.m, columns), len(out))](
+    cost_gradient[(len(out), cdiv(costs.n, rows), cdiv(costs.m, columns))](
         costs.left, *_operands(sides, adjoint, costs.n), out, costs.n, costs.m, problems, together, *costs.strides,
         *out.stride(), adjoint.potentials.stride(0), costs.n + costs.m, sides.epsilon, sides.lambda_a, sides.lambda_b,
         **_constexprs(costs, sides, adjoint, rows, columns),
@@ -337,7 +346,7 @@ def gradient_of_points(costs: Costs, sides: Sides, adjoint: Adjoint, flipped: bo
     rows, columns = block_of(view.n, view.m, dtype_of(costs))
     columns = max(1, columns // 2)
     out = _runtime.empty((problems, costs.d, view.n), adjoint.by_a).zero_()
-    point_gradient[(cdiv(view.n, rows), problems)](
+    point_gradient[(problems, cdiv(view.n, rows))](
         view.left, view.right, *_operands(sides, adjoint, costs.n), out, view.n, view.m, problems, costs.d, costs.wide,
         adjoint.potentials.stride(0), costs.n + costs.m, costs.factor, sides.epsilon, sides.lambda_a, sides.lambda_b,
         METRIC=costs.metric, FLIPPED=flipped, **_constexprs(costs, sides, adjoint, rows, columns),

@@ -1,13 +1,17 @@
 """Sinkhorn, one program a problem: the padded n x m tile stays on chip for the whole solve (reference/sinkhorn.py).
 
-Layout: cost (B, n, m) by strides (0 for a shared cost; exchanged for columns first), float32 or float64, everything else
+Layout: cost (B, n, m) by strides (0 for a shared cost; exchanged for columns first), float32 or float64, everything
+else
 contiguous. History, float64: (how it was solved, iterations), then for each slot that is kept the n + m potentials or
-scalings. Bytes: n m, read thrice; operations: an iteration 2 n m multiply-adds (scalings) or 2 n m exponentials (log domain).
+scalings. Bytes: n m, read thrice; operations: an iteration 2 n m multiply-adds (scalings) or 2 n m exponentials (log
+domain).
 
 scratch (B, m), float64: gamma of problems in the log domain, whose costs are read a chunk of CHUNK columns at a time.
 
-A problem iterates on scalings where the range of its exponents is small (`_sinkhorn_common`), which it finds out itself: u =
-a / (K v), v = b / (K^T u) with K = 2^(cmin - c), taken once. Otherwise, with penalties and over-relaxation always, in the
+A problem iterates on scalings where the range of its exponents is small (`_sinkhorn_common`), which it finds out
+itself: u =
+a / (K v), v = b / (K^T u) with K = 2^(cmin - c), taken once. Otherwise, with penalties and over-relaxation always, in
+the
 log domain, exponents in float64.
 """
 
@@ -26,7 +30,6 @@ from ._sinkhorn_common import (
     log_masses,
     relaxation,
     side_error,
-    side_gradient,
     side_value,
     start,
     updated,
@@ -103,7 +106,8 @@ def grow(top, total, t):
 def log_of(top, total):
     """log2 of 2^top total."""
     empty = total == 0
-    return tl.where(empty, float("-inf"), tl.where(empty, 0.0, top) + tl.log2(tl.where(empty, 1.0, total)).to(tl.float64))
+    return tl.where(empty, float("-inf"), tl.where(empty, 0.0, top) + tl.log2(tl.where(empty, 1.0,
+    total)).to(tl.float64))
 
 
 @jit
@@ -192,7 +196,8 @@ def update_columns(
 
 @jit
 def iterate_logs(
-    cost, base, b_ptr, initial_g, p, scratch, history, scale, a, log_a, phi, i, n, m, stride_i, stride_j, num_iters, tol,
+    cost, base, b_ptr, initial_g, p, scratch, history, scale, a, log_a, phi, i, n, m, stride_i, stride_j, num_iters,
+    tol,
     omega, lambda_a, lambda_b, drop_a, drop_b,
     HAS_B: tl.constexpr, HAS_G: tl.constexpr, KEEP: tl.constexpr, STOP: tl.constexpr, AUTO: tl.constexpr,
     RELAXED: tl.constexpr, CHUNK: tl.constexpr,
@@ -212,7 +217,8 @@ def iterate_logs(
         if KEEP == 2:
             tl.store(history + 2 + step.to(tl.int64) * (n + m) + i, phi, mask=i < n)
         across, column_error = update_columns(
-            cost, base, b_ptr, p, scratch, history, step, phi, scale, i, n, m, stride_i, stride_j, omega, lambda_b, drop_b,
+            cost, base, b_ptr, p, scratch, history, step, phi, scale, i, n, m, stride_i, stride_j, omega, lambda_b,
+            drop_b,
             HAS_B, KEEP, RELAXED, CHUNK,
         )  # fmt: skip
         step += 1
@@ -292,13 +298,15 @@ def solve_small(
             rows, column_error, step = phi, epsilon, tl.full((), 0, tl.int32)
     else:
         phi, rows, column_error, step = iterate_logs(
-            cost, base, b_ptr, initial_g, p, scratch, history, scale, a, log_a, phi, i, n, m, stride_i, stride_j, num_iters,
+            cost, base, b_ptr, initial_g, p, scratch, history, scale, a, log_a, phi, i, n, m, stride_i, stride_j,
+            num_iters,
             tol, omega, lambda_a, lambda_b, drop_a, drop_b, HAS_B, HAS_G, KEEP, STOP, AUTO, RELAXED, CHUNK,
         )  # fmt: skip
     tl.debug_barrier()
     last = tl.full((), 1 if KEEP == 3 else 0, tl.int32)
     inner, value, mass = finish(
-        cost, base, b_ptr, p, scratch, history, last, phi, scale, i, n, m, stride_i, stride_j, g, epsilon, drop_b, HAS_B,
+        cost, base, b_ptr, p, scratch, history, last, phi, scale, i, n, m, stride_i, stride_j, g, epsilon, drop_b,
+        HAS_B,
         KEEP == 1, CHUNK,
     )  # fmt: skip
     if KEEP == 3:

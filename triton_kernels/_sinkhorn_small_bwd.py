@@ -2,10 +2,13 @@
 
 Per iteration, backwards, from the adjoints f_ and g_ of its potentials (natural units):
 
-    V_ij = 2^(phi_i - c_ij - log2 sum_i 2^(phi_i - c_ij))     dC += lambda_b V g_    f_ -= lambda_b V g_    db = epsilon g_ / b
-    W_ij = 2^(gamma'_j - c_ij - log2 sum_j ...)               dC += lambda_a W f_    g_  = -lambda_a W^T f_ da = epsilon f_ / a
+    V_ij = 2^(phi_i - c_ij - log2 sum_i 2^(phi_i - c_ij))     dC += lambda_b V g_    f_ -= lambda_b V g_    db =
+    epsilon g_ / b
+    W_ij = 2^(gamma'_j - c_ij - log2 sum_j ...)               dC += lambda_a W f_    g_  = -lambda_a W^T f_ da =
+    epsilon f_ / a
 
-gamma' being that of the iteration before. On scalings V_ij = u_i K_ij v_j / b_j, so that dC is K times a sum of products of
+gamma' being that of the iteration before. On scalings V_ij = u_i K_ij v_j / b_j, so that dC is K times a sum of
+products of
 vectors, and stays on chip; in the log domain it is added up in memory, a chunk of columns at a time. scratch (B, 2, m),
 float64: g_ and db. Operations: 4 multiply-adds (scalings) or 2 exponentials an entry and iteration.
 """
@@ -46,7 +49,8 @@ def add_to(pointer, values, inside, NEEDED: tl.constexpr):  # noqa: N803
 
 @jit
 def unroll_scalings(
-    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, f_, a, by_a, scale, i, j, n, m, stride_i, stride_j, epsilon,
+    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, f_, a, by_a, scale, i, j, n, m, stride_i, stride_j,
+    epsilon,
     out_i, out_j, steps, first, HAS_B: tl.constexpr, HAS_G: tl.constexpr, NEED_COST: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """by_a after the loop; g_ and by_b in scratch. The scalings after step s are in slot s + first."""
@@ -96,7 +100,8 @@ def back_to_rows(
         gamma = kept_columns(history, slot, j, n, m, float("-inf"))
         g_ = tl.where(gamma == float("-inf"), 0.0, tl.load(scratch + j, mask=j < m, other=0.0))
         add_to(scratch + m + j, epsilon * inverse(b) * g_, j < m, True)
-        terms = plan_tile(c, scale, phi, normalised(gamma, log_masses(b, DATA), lambda_b)) * (g_ * lambda_b).to(c.dtype)[None, :]
+        terms = plan_tile(c, scale, phi, normalised(gamma, log_masses(b, DATA),
+        lambda_b)) * (g_ * lambda_b).to(c.dtype)[None, :]
         place = i[:, None] * out_i + j[None, :] * out_j
         add_to(grad_cost + place, terms, (i < n)[:, None] & (j < m)[None, :], NEED_COST)
         f_ -= tl.sum(terms, 1)
@@ -105,10 +110,13 @@ def back_to_rows(
 
 @jit
 def back_to_columns(
-    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j, out_i,
+    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j,
+    out_i,
     out_j, lambda_a, HAS_B: tl.constexpr, HAS_G: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
-    """g_ = -lambda_a W^T f_, in scratch; its terms are added to dC. phi: less the logarithm of the masses, over lambda_a."""
+    """g_ = -lambda_a W^T f_, in scratch; its terms are added to dC. phi: less the logarithm of the masses, over
+    lambda_a.
+    """
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
@@ -123,7 +131,8 @@ def back_to_columns(
 
 @jit
 def unroll_logs(
-    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, f_, a, log_a, by_a, scale, i, n, m, stride_i, stride_j,
+    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, f_, a, log_a, by_a, scale, i, n, m, stride_i,
+    stride_j,
     out_i, out_j, epsilon, lambda_a, lambda_b, steps, first,
     HAS_B: tl.constexpr, HAS_G: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
@@ -134,14 +143,16 @@ def unroll_logs(
         phi = kept_rows(history, slot, i, n, m, float("-inf"))
         tl.debug_barrier()
         f_ = back_to_rows(
-            cost, base, b_ptr, p, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j, out_i, out_j,
+            cost, base, b_ptr, p, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j,
+            out_i, out_j,
             epsilon, lambda_b, HAS_B, NEED_COST, CHUNK,
         )  # fmt: skip
         f_ = tl.where(phi == float("-inf"), 0.0, f_)
         by_a += epsilon * inverse_a * f_.to(tl.float64)
         tl.debug_barrier()
         back_to_columns(
-            cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, slot, normalised(phi, log_a, lambda_a), f_, scale, i,
+            cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, slot, normalised(phi, log_a, lambda_a), f_,
+            scale, i,
             n, m, stride_i, stride_j, out_i, out_j, lambda_a, HAS_B, HAS_G, NEED_COST, CHUNK,
         )  # fmt: skip
         f_ = tl.zeros_like(f_)
@@ -178,11 +189,14 @@ def final_columns(history, slot, j, n, m, scalings, DATA: tl.constexpr):  # noqa
 
 @jit
 def at_the_end(
-    cost, base, b_ptr, p, scratch, history, grad_cost, grad_g, by_transport, by_value, last, phi, a, log_a, scale, scalings,
+    cost, base, b_ptr, p, scratch, history, grad_cost, grad_g, by_transport, by_value, last, phi, a, log_a, scale,
+    scalings,
     i, n, m, stride_i, stride_j, out_i, out_j, epsilon, drop_a, drop_b,
     HAS_B: tl.constexpr, IN_G: tl.constexpr, MODE: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
-    """Derivatives by the final potentials, and by costs and masses at fixed ones: f_ and by_a; g_ and by_b in scratch."""
+    """Derivatives by the final potentials, and by costs and masses at fixed ones: f_ and by_a; g_ and by_b in
+    scratch.
+    """
     DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
     rows, spent_rows, mass = tl.zeros_like(phi).to(DATA), tl.zeros_like(phi).to(DATA), tl.zeros((), tl.float64)
     for k in range(tl.cdiv(m, CHUNK)):
@@ -223,7 +237,8 @@ def differentiate_small(
     MODE: tl.constexpr, PLAIN: tl.constexpr, NEED_COST: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
-    """MODE: 0 unroll, 1 envelope, 2 detach, 3 last_step; 4 implicit: the derivatives at fixed potentials, and in adjoint_f
+    """MODE: 0 unroll, 1 envelope, 2 detach, 3 last_step; 4 implicit: the derivatives at fixed potentials, and in
+    adjoint_f
     and adjoint_g those by the final potentials, where the linear solve starts.
     """
     p = tl.program_id(0).to(tl.int64)
@@ -253,7 +268,8 @@ def differentiate_small(
     by_transport, by_value = incoming(grad_transport, p, IN_TRANSPORT), incoming(grad_regularized, p, IN_REGULARIZED)
     f_, by_a = at_the_end(
         cost, base, b_ptr, p, scratch, history, grad_cost, grad_g, by_transport, by_value, last, phi, a, log_a, scale,
-        scalings, i, n, m, stride_i, stride_j, out_i, out_j, epsilon, drop_a, drop_b, HAS_B, IN_G, MODE, NEED_COST, CHUNK,
+        scalings, i, n, m, stride_i, stride_j, out_i, out_j, epsilon, drop_a, drop_b, HAS_B, IN_G, MODE, NEED_COST,
+        CHUNK,
     )  # fmt: skip
     f_ += incoming_side(grad_f, p * n, i, n, phi, IN_F)
     tl.debug_barrier()
@@ -267,7 +283,8 @@ def differentiate_small(
                 )  # fmt: skip
         else:
             by_a = unroll_logs(
-                cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, start_f, a, log_a, by_a, scale, i, n, m, stride_i,
+                cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, start_f, a, log_a, by_a, scale, i, n, m,
+                stride_i,
                 stride_j, out_i, out_j, epsilon, lambda_a, lambda_b, steps, first, HAS_B, HAS_G, NEED_COST, CHUNK,
             )  # fmt: skip
     tl.debug_barrier()

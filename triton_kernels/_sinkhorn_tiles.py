@@ -1,9 +1,12 @@
 """Sinkhorn of any size, one launch a half-iteration: a program updates a block of rows from a sweep over the columns.
 
 The costs of a block of pairs come from a matrix (any strides: columns are updated by the same kernels with strides
-exchanged) or from points, feature by feature, differences formed first: points are stored feature-major, (P, d, n). Exponents
-are formed in float64 from float64 potentials and summed as float32 or float64 exponentials with a running maximum, so that
-the accuracy does not depend on epsilon. Bytes: n m elements a sweep from L2, or (n + m) d; operations: an exponential and
+exchanged) or from points, feature by feature, differences formed first: points are stored feature-major, (P, d, n).
+Exponents
+are formed in float64 from float64 potentials and summed as float32 or float64 exponentials with a running maximum, so
+that
+the accuracy does not depend on epsilon. Bytes: n m elements a sweep from L2, or (n + m) d; operations: an exponential
+and
 3 float64 operations an entry and half-iteration, for points 2 d multiply-adds more, in float32 unless `wide`.
 Every sum is taken in one program in a fixed order.
 """
@@ -11,14 +14,16 @@ Every sum is taken in one program in a fixed order.
 from __future__ import annotations
 
 from ._runtime import constant, jit, scalar, tl
-from ._sinkhorn_common import LOG2E, exp2_of, load_masses, log_masses, relaxation, side_error, updated
+from ._sinkhorn_common import LOG2E, load_masses, log_masses, relaxation, side_error, updated
 from ._sinkhorn_small import grow, log_of
 
 DENSE, L1, L2, SQUARE = constant(-1), constant(0), constant(1), constant(2)
 
 
 @jit
-def by_features(left, right, i, j, n, m, d, METRIC: tl.constexpr, SUM: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):  # noqa: N803
+def by_features(
+    left, right, i, j, n, m, d, METRIC: tl.constexpr, SUM: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip  # noqa: N803
     """Sums of |x - y| or (x - y)^2 over the features, in SUM."""
     total = tl.zeros((BN, BM), SUM)
     for k in range(d):
@@ -55,18 +60,19 @@ def cost_block(
 
 @jit
 def half_iteration(
-    left, right, weights, own, other, kept, kept_before, running, omega_at, n, m, stride_p, stride_i, stride_j, d, wide_at,
+    left, right, weights, own, other, kept, kept_before, running, omega_at, n, m, stride_p, stride_i, stride_j, d,
+    wide_at,
     stride_kept, factor: tl.float64, epsilon: tl.float64, exponent: tl.float64, omega: tl.float64,
     METRIC: tl.constexpr, DATA: tl.constexpr, GIVEN: tl.constexpr, KEPT: tl.constexpr, BEFORE: tl.constexpr,
     RUNNING: tl.constexpr, RELAXED: tl.constexpr, AUTO: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """own (P, n), in place, after other (P, m). KEPT: also into kept; BEFORE: the old one into kept_before."""
-    p = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0).to(tl.int64)
     active = tl.full((), 1, tl.int1)
     if RUNNING:
         active = tl.load(running + p) != 0
     if active:
-        i = tl.program_id(0) * BN + tl.arange(0, BN)
+        i = tl.program_id(1) * BN + tl.arange(0, BN)
         scale = LOG2E / scalar(epsilon, tl.float64)
         factor, exponent = scalar(factor, tl.float64), scalar(exponent, tl.float64)
         omega = scalar(omega, tl.float64)
@@ -92,15 +98,16 @@ def half_iteration(
 def plan_sums(
     left, right, own, other, mass, spent, running, n, m, stride_p, stride_i, stride_j, d, wide_at, factor: tl.float64,
     epsilon: tl.float64,
-    METRIC: tl.constexpr, DATA: tl.constexpr, SPENT: tl.constexpr, RUNNING: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    METRIC: tl.constexpr, DATA: tl.constexpr, SPENT: tl.constexpr, RUNNING: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """sum_j P_ij, and if SPENT sum_j P_ij C_ij where C is finite, (P, n) in float64."""
-    p = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0).to(tl.int64)
     active = tl.full((), 1, tl.int1)
     if RUNNING:
         active = tl.load(running + p) != 0
     if active:
-        i = tl.program_id(0) * BN + tl.arange(0, BN)
+        i = tl.program_id(1) * BN + tl.arange(0, BN)
         scale, factor = LOG2E / scalar(epsilon, tl.float64), scalar(factor, tl.float64)
         phi = tl.load(own + p * n + i, mask=i < n, other=float("-inf"))
         total, bill = tl.zeros((BN,), tl.float64), tl.zeros((BN,), tl.float64)
@@ -131,9 +138,11 @@ def error_of(weights, potential, mass, p, size, drop, GIVEN: tl.constexpr, DATA:
 
 @jit
 def decide(
-    a, b, phi, gamma, rows, columns, running, count, omega_at, previous_at, n, m, step, tol: tl.float64, drop_a: tl.float64,
+    a, b, phi, gamma, rows, columns, running, count, omega_at, previous_at, n, m, step, tol: tl.float64,
+    drop_a: tl.float64,
     drop_b: tl.float64,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, STOP: tl.constexpr, AUTO: tl.constexpr, DATA: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, STOP: tl.constexpr, AUTO: tl.constexpr, DATA: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """After iteration `step`: counts it, whether the problem goes on, and the omega it goes on with."""
     p = tl.program_id(0).to(tl.int64)
@@ -157,9 +166,9 @@ def apply_plan(
     left, right, own, other, v, out, n, m, width, stride_p, stride_i, stride_j, d, wide_at, factor: tl.float64,
     epsilon: tl.float64, METRIC: tl.constexpr, DATA: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
-    """P v, (P, n, width), for v (P, m, width): BK columns a program (grid: rows, columns, problems)."""
-    p = tl.program_id(2).to(tl.int64)
-    i, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BK
+    """P v, (P, n, width), for v (P, m, width): BK columns a program (grid: problems, rows, columns)."""
+    p = tl.program_id(0).to(tl.int64)
+    i, k = tl.program_id(1) * BN + tl.arange(0, BN), tl.program_id(2) * BK
     scale, factor = LOG2E / scalar(epsilon, tl.float64), scalar(factor, tl.float64)
     phi = tl.load(own + p * n + i, mask=i < n, other=float("-inf"))
     columns = tl.arange(0, BK)

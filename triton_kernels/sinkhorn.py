@@ -1,5 +1,6 @@
 """``sinkhorn_fwd`` and ``sinkhorn_bwd`` by Triton (see ``ops/sinkhorn.py``): problems that fit in one program by
-``_sinkhorn_small``, others by ``_sinkhorn_tiles``. The implicit gradient starts in a kernel; its linear solve is that of the reference.
+``_sinkhorn_small``, others by ``_sinkhorn_tiles``. The implicit gradient starts in a kernel; its linear solve is that
+of the reference.
 
 Rows are updated first; columns first is the transposed problem, by exchanged strides.
 """
@@ -65,7 +66,8 @@ def flat(tensor: Tensor | None, rank: int) -> Tensor | None:
 
 
 def problems(
-    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None, epsilon: float,
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float,
     penalty_a: float, penalty_b: float, update_a_first: bool,
 ) -> Problems:  # fmt: skip
     """The arguments of the op as one batch with rows first."""
@@ -112,7 +114,8 @@ def is_small(n: int, m: int, dtype: torch.dtype) -> bool:
     return tile.rows * tile.columns <= SMALL[dtype] and max(n, m) <= LONGEST
 
 
-def solve(batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: float, relaxation: float, keep: int) -> None:
+def solve(batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: float, relaxation: float,
+keep: int) -> None:
     """Fills transport_cost, regularized_cost, f, g, marginal_error, count, history; all (P, ...), rows first."""
     count, n, m = batch.sizes
     if not is_small(n, m, batch.cost.dtype):
@@ -146,7 +149,8 @@ def sinkhorn_fwd(
         batch = problems(cost, a, b, initial_f, initial_g, epsilon, penalty_a, penalty_b, update_a_first)
         sides = (f, g) if update_a_first else (g, f)
         with _runtime.on_device(cost):
-            outputs = [tensor.view(error.numel(), *tensor.shape[len(axes) :]) for tensor in (*values, *sides, error, count, history)]
+            outputs = [tensor.view(error.numel(), *tensor.shape[len(axes) :]) for tensor in (*values, *sides, error,
+            count, history)]
             solve(batch, outputs, num_iters, tol, relaxation, keep)
     return *values, f, g, error, count, history
 
@@ -249,7 +253,8 @@ def aot_cases() -> list[_runtime.AotCase]:
         spills = {"may_spill": n > 64, "quick": quick}
         given = {"HAS_A": True, "HAS_B": True, "HAS_G": False, "PLAIN": True}
         forward = given | {"HAS_F": False, "KEEP": keep, "STOP": False, "AUTO": False, "RELAXED": False}
-        cases.append(aot.case(f"solve {what}", solve_small, dtype, forward, launch, ("initial_f", "initial_g"), **spills))
+        cases.append(aot.case(f"solve {what}", solve_small, dtype, forward, launch, ("initial_f", "initial_g"),
+        **spills))
         backward = given | {
             "IN_TRANSPORT": True, "IN_REGULARIZED": False, "IN_F": False, "IN_G": False, "MODE": 0, "NEED_COST": True,
             "NEED_A": True, "NEED_B": True,

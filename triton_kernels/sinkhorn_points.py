@@ -1,8 +1,11 @@
-"""``sinkhorn_points_fwd``, ``_bwd``, ``_apply`` and ``_apply_bwd`` by Triton (see ``ops/sinkhorn_points.py``): no cost matrix.
+"""``sinkhorn_points_fwd``, ``_bwd``, ``_apply`` and ``_apply_bwd`` by Triton (see ``ops/sinkhorn_points.py``): no
+cost matrix.
 
-The kernels of ``_sinkhorn_tiles`` take the costs of a block from the points, feature by feature, differences first; float32
+The kernels of ``_sinkhorn_tiles`` take the costs of a block from the points, feature by feature, differences first;
+float32
 points are compared in float32 where a bound of the largest cost over epsilon allows it, else in float64, decided on the
-device a problem. Cosine distances are half the squared distances of unit rows, held in float64; a row of zeros gets a feature
+device a problem. Cosine distances are half the squared distances of unit rows, held in float64; a row of zeros gets a
+feature
 of its own, at distance 1 from everything. The gradients of the unit rows are taken to the rows outside of the kernels.
 """
 
@@ -29,7 +32,9 @@ _SQUARE = METRICS["sqeuclidean"]
 
 
 def _unit_rows(x: Tensor, first: bool) -> tuple[Tensor, Tensor]:
-    """(P, n, d + 2) float64: rows of length 1, those without one at a corner of their own; and the lengths, 0 for those."""
+    """(P, n, d + 2) float64: rows of length 1, those without one at a corner of their own; and the lengths, 0 for
+    those.
+    """
     wide = x.double()
     largest = wide.abs().amax(-1, keepdim=True) if x.shape[-1] else wide.new_zeros(*x.shape[:-1], 1)
     scaled = wide / torch.where(largest > 0, largest, 1)
@@ -184,7 +189,8 @@ def _through_potentials(costs: large.Costs, sides: large.Sides, adjoint: large.A
     potentials = adjoint.potentials.expand(-1, 2, -1).contiguous()
     bars = [torch.stack([torch.zeros_like(vector), vector]) for vector in (w, x)]
     step = adjoint._replace(
-        potentials=potentials, steps=torch.ones_like(adjoint.steps), f_bar=bars[0], g_bar=bars[1], by_a=by[0], by_b=by[1],
+        potentials=potentials, steps=torch.ones_like(adjoint.steps), f_bar=bars[0], g_bar=bars[1], by_a=by[0],
+        by_b=by[1],
         unroll=True,
     )  # fmt: skip
     return large.Sides(*ones, 1.0, 1.0, 0.0, 0.0, sides.epsilon), step
@@ -202,7 +208,7 @@ def _product(costs: large.Costs, own: Tensor, other: Tensor, v: Tensor, epsilon:
     out = _runtime.empty((len(own), costs.n, width), v, data)
     rows, columns = large.block_of(costs.n, costs.m, data)
     block = _runtime.power_of_2(width, 1, 8)
-    apply_plan[(cdiv(costs.n, rows), cdiv(width, block), len(own))](
+    apply_plan[(len(own), cdiv(costs.n, rows), cdiv(width, block))](
         costs.left, costs.right, own, other, v, out, costs.n, costs.m, width, *costs.strides, costs.d, costs.wide,
         costs.factor, epsilon, METRIC=costs.metric, DATA=TL_DTYPES[data], BN=rows, BM=columns, BK=block, **large.LAUNCH,
     )  # fmt: skip
@@ -250,8 +256,9 @@ def sinkhorn_points_apply_bwd(
 def _applied(costs: large.Costs, own, other, v: Tensor, grad: Tensor, epsilon: float) -> Tensor:
     rows, columns = large.block_of(costs.n, costs.m, large.dtype_of(costs))
     out = _runtime.empty((len(own), costs.d, costs.n), own).zero_()
-    applied_gradient[(cdiv(costs.n, rows), len(own))](
-        costs.left, costs.right, own, other, v, grad, out, costs.n, costs.m, v.shape[-1], costs.d, costs.wide, costs.factor,
+    applied_gradient[(len(own), cdiv(costs.n, rows))](
+        costs.left, costs.right, own, other, v, grad, out, costs.n, costs.m, v.shape[-1], costs.d, costs.wide,
+        costs.factor,
         epsilon, METRIC=costs.metric, DATA=TL_DTYPES[large.dtype_of(costs)], BN=rows, BM=columns, **large.LAUNCH,
     )  # fmt: skip
     return out

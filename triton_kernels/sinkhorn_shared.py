@@ -1,7 +1,9 @@
 """``sinkhorn_shared_fwd`` and ``_bwd`` by Triton (see ``ops/sinkhorn_shared.py``): one cost for a batch of marginals.
 
-The kernels are those of ``sinkhorn``, with a batch stride of 0: a problem that fits in one program is solved by it, its cost
-coming from the cache; of larger ones each half-iteration is one launch for the batch. The gradient of the cost is added up
+The kernels are those of ``sinkhorn``, with a batch stride of 0: a problem that fits in one program is solved by it,
+its cost
+coming from the cache; of larger ones each half-iteration is one launch for the batch. The gradient of the cost is
+added up
 over the problems in their order. History: as ``sinkhorn``'s, one row a problem, flat.
 """
 
@@ -12,7 +14,6 @@ from torch import Tensor
 
 from ..ops.sinkhorn import KEEP, history_size
 from . import _runtime
-from . import _sinkhorn_large as large
 from .sinkhorn import Problems, differentiate, is_small, problems, solve
 
 CHUNK_ENTRIES = 1 << 24  # of gradients of single problems in memory at a time
