@@ -44,7 +44,15 @@ KERNELS = {
         "feature_moments",
     ),
     "cuda": (),
-    "triton": ("cost_matrix", "polar", "gaussian_wasserstein", "feature_moments"),
+    "triton": (
+        "cost_matrix",
+        "sinkhorn",
+        "sinkhorn_shared",
+        "sinkhorn_points",
+        "polar",
+        "gaussian_wasserstein",
+        "feature_moments",
+    ),
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"
@@ -96,9 +104,10 @@ def _choices() -> dict[tuple[str, str, str], str]:
     table = {}
     for op in OPS:
         for device_type, order in _PREFERENCE.items():
-            working = [name for name in NAMES[1:] if _reason(op, name, device_type) is None]
-            table[op, device_type, "auto"] = next(name for name in order if name in working)
-            table.update({(op, device_type, name): name for name in working})
+            working = [name for name in order if _reason(op, name, device_type) is None]
+            table[op, device_type, "auto"] = working[0]
+            named = [name for name in NAMES[1:] if _reason(op, name, device_type) is None]
+            table.update({(op, device_type, name): name for name in named})
     return table
 
 

@@ -135,6 +135,7 @@ _library.register(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    triton="sinkhorn:sinkhorn_fwd",
 )
 _library.register(
     "sinkhorn_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
@@ -143,4 +144,5 @@ _library.register(
     "bool need_b) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
+    triton="sinkhorn:sinkhorn_bwd",
 )
