@@ -42,4 +42,5 @@ _library.register(
     "-> (Tensor, Tensor, Tensor)",
     _fake,
     _cpu,
+    triton="gaussian_wasserstein:from_samples",
 )

@@ -247,6 +247,7 @@ _library.register(
     _fwd_fake,
     _fwd_cpu,
     cuda=_fwd_cuda,
+    triton="sinkhorn:sinkhorn_fwd",
 )
 _library.register(
     "sinkhorn_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
@@ -256,4 +257,5 @@ _library.register(
     _bwd_fake,
     _bwd_cpu,
     cuda=_bwd_cuda,
+    triton="sinkhorn:sinkhorn_bwd",
 )

@@ -59,6 +59,17 @@ def _fwd_fake(
     return transport_cost, regularized_cost, f, g, marginal_error, count, history
 
 
+def _triton_fwd_fake(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The Triton kernels keep a history as that of ``sinkhorn`` for each problem."""
+    per_problem = cost.expand(_batch(a, b), *cost.shape), a, b, initial_f, initial_g
+    options = epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep
+    return sinkhorn._fwd_fake(*per_problem, *options)
+
+
 class _History:
     """Where the parts of a contiguous history tensor begin, and views of two of them."""
 
@@ -304,6 +315,8 @@ _library.register(
     _fwd_fake,
     _fwd_cpu,
     cuda=_fwd_cuda,
+    triton="sinkhorn_shared:sinkhorn_shared_fwd",
+    triton_fake=_triton_fwd_fake,
 )
 _library.register(
     "sinkhorn_shared_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
@@ -313,4 +326,5 @@ _library.register(
     _bwd_fake,
     _bwd_cpu,
     cuda=_bwd_cuda,
+    triton="sinkhorn_shared:sinkhorn_shared_bwd",
 )
