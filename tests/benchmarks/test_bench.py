@@ -150,6 +150,7 @@ def test_markdown_has_ratios_and_requirements():
 
 
 def test_pages_are_made_from_the_json(tmp_path):
+    pytest.importorskip("matplotlib")
     pages, results = [tmp_path / "README.md", tmp_path / "benchmarks.md"], tmp_path / "cpu.json"
     for page in pages:
         page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
@@ -160,13 +161,15 @@ def test_pages_are_made_from_the_json(tmp_path):
     sweep |= {"exponent_of_operations": 2, "fitted_exponent": 2.0}
     sweeps.write_text(json.dumps(run.make_report([]) | {"sweeps": [sweep]}))
     arguments = [str(results), "--update-docs", "--readme", str(pages[0]), "--docs", str(pages[1])]
-    arguments += ["--scaling", str(sweeps), "--numerics", str(numerics)]
+    plot = tmp_path / "scaling.png"
+    arguments += ["--scaling", str(sweeps), "--numerics", str(numerics), "--plot", str(plot)]
     for _ in range(2):
         report.main(arguments)
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nafter\n")
         assert "old" not in text and text.count("**0.100**") == 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert "| dense | n | 64 ... 128 | 2 | 2.00 | 4.00 |" in numerics.read_text()
     pages[0].write_text("no markers")
     with pytest.raises(SystemExit, match="bench:begin"):
