@@ -53,6 +53,13 @@ def test_many_tiny_problems(instruction_set, generator):
         compare(packed, problems, "last_step", generator, epsilon=0.1, num_iters=12, tol=0.1, update_first="b")
 
 
+def test_remainder_of_one_size(generator):
+    """Those of a mixed group that need float64 are all of one size, which is not that of the group."""
+    problems, _ = random_packed(generator, [(9, 8), (9, 7), (9, 5), (9, 5)])
+    problems = [(cost * scale, a, b) for (cost, a, b), scale in zip(problems, (1, 1, 25, 25), strict=True)]
+    compare(pack(problems), problems, "unroll", generator, epsilon=0.1, num_iters=5)
+
+
 def test_max_cost_over_epsilon(generator):
     """1 to 1e5, with masses down to 1e-30 and zeros, in one call."""
     problems, _ = random_packed(generator, [[7, 5], [12, 30], [3, 3], [40, 35], [6, 6], [8, 8]] * 3, zeros=True)
