@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from otkd_fast import losses
 
-TEACHER_EPOCHS, STUDENT_EPOCHS, STUDENT_ROWS = 20, 60, 128
+TEACHER_EPOCHS, STUDENT_EPOCHS, STUDENT_ROWS = 20, 100, 128
 TEACHER_CHANNELS, STUDENT_CHANNELS = (32, 64), (4, 8)
 TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 FIRST_TUNING_SEED = 1000
@@ -55,8 +55,8 @@ class Network(nn.Module):
         super().__init__()
         first, second = channels
         self.body = nn.Sequential(
-            nn.Conv2d(1, first, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(first, second, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(1, first, 3, padding=1), nn.BatchNorm2d(first), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(first, second, 3, padding=1), nn.BatchNorm2d(second), nn.ReLU(),
         )  # fmt: skip
         self.project = nn.Conv2d(second, project, 1) if project else nn.Identity()
         self.head = nn.Linear(second, 10)
@@ -108,6 +108,17 @@ def wkd_feature(covariance: str) -> Callable[[Tensor, Tensor], Callable[[Step], 
     return lambda features, labels: lambda step: loss(step.student.maps, step.teacher.maps)
 
 
+def wcord(features: Tensor, labels: Tensor) -> Callable[[Step], Tensor]:
+    width = features.shape[1]
+    critic = losses.WCoRD(width, width, num_samples=len(labels), num_negatives=64, embedding_dim=32, hidden_dim=32)
+
+    def loss(step: Step) -> Tensor:
+        return critic(step.student.features, step.teacher.features, step.rows)
+
+    loss.parameters = list(critic.parameters())
+    return loss
+
+
 METHODS: dict[str, Method] = {
     "cross-entropy": Method(0.0, lambda features, labels: lambda step: step.student.logits.sum()),
     "KL": Method(1.0, kl),
@@ -116,6 +127,12 @@ METHODS: dict[str, Method] = {
     "WKD-F": Method(1.0, wkd_feature("diagonal")),
     "WKD-F full": Method(1.0, wkd_feature("full")),
     "WKL": Method(1.0, wkl),
+    "KD2M W2": Method(1.0, on_features(losses.KD2M(metric="w2", solver="sinkhorn", epsilon=0.1))),
+    "KD2M CW2": Method(1.0, on_features(losses.KD2M(metric="cw2", solver="sinkhorn", epsilon=0.1, num_classes=10))),
+    "KD2M W2 Gaussian": Method(1.0, on_features(losses.KD2M(metric="w2_gaussian"))),
+    "KD2M W2 Gaussian, full": Method(1.0, on_features(losses.KD2M(metric="w2_gaussian", covariance="full"))),
+    "KD2M MMD": Method(1.0, on_features(losses.KD2M(metric="mmd", kernel="rbf"))),
+    "WCoRD": Method(1.0, wcord),
 }
 
 
@@ -138,7 +155,8 @@ def train_student(
     few = Digits(data.train_x[:STUDENT_ROWS], data.train_y[:STUDENT_ROWS], data.test_x, data.test_y)
     student = Network(STUDENT_CHANNELS, project=TEACHER_CHANNELS[1])
     distil = METHODS[name].build(taught.features[:STUDENT_ROWS], few.train_y)
-    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    trained = [*student.parameters(), *getattr(distil, "parameters", ())]  # WCoRD has embeddings and a critic
+    optimizer = torch.optim.Adam(trained, lr=5e-3)
     steps = list(batches(few, epochs, seed))
     times = []
     for k, rows in enumerate(steps):
@@ -173,6 +191,8 @@ def compare(settings: dict[str, tuple[str, float]], seeds: range, quick: bool, v
         progress.step()
         with torch.no_grad():
             taught = teacher(data.train_x)
+            scale = taught.maps.std()  # the losses on features see numbers of order 1
+            taught = Outputs(taught.maps / scale, taught.features / scale, taught.logits)
         for label, (name, weight) in settings.items():
             student, step_ms = train_student(data, taught, name, weight, student_epochs, seed)
             results[label]["accuracy"].append(accuracy(student, data))

@@ -172,22 +172,20 @@ def check_num_items(num_items_in_batch: int | Tensor | None, reduction: str) -> 
     """None, a number >= 0, or a tensor of one element; only where the reduction divides."""
     if num_items_in_batch is None:
         return None
-    if reduction not in ("mean", "batchmean"):
-        raise ValueError(
-            f"num_items_in_batch: expected None for reduction {reduction!r}, which does not divide, "
-            f"got {num_items_in_batch!r}"
-        )
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.numel() != 1 or num_items_in_batch.is_complex():
             raise ValueError(f"num_items_in_batch: expected one number, got shape {tuple(num_items_in_batch.shape)}")
-        return num_items_in_batch.reshape(())
-    try:
-        number = operator.index(num_items_in_batch)
-    except TypeError:
-        kind = type(num_items_in_batch).__name__
-        raise TypeError(f"num_items_in_batch: expected an int, a tensor or None, got {kind}") from None
-    if number < 0:
-        raise ValueError(f"num_items_in_batch: expected a number >= 0, got {number}")
+        number = num_items_in_batch.reshape(())
+    else:
+        try:
+            number = operator.index(num_items_in_batch)
+        except TypeError:
+            kind = type(num_items_in_batch).__name__
+            raise TypeError(f"num_items_in_batch: expected an int, a tensor or None, got {kind}") from None
+        if number < 0:
+            raise ValueError(f"num_items_in_batch: expected a number >= 0, got {number}")
+    if reduction not in ("mean", "batchmean"):
+        raise ValueError(f"num_items_in_batch: expected None for reduction {reduction!r}, which does not divide")
     return number
 
 

@@ -5,18 +5,33 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._values import values_readable
 from ..functional._validate import check_choice, positive_float, positive_int
 from . import _sinkd_forms as _forms
-from ._common import at_least_float32, zero
+from ._common import (
+    IGNORE_INDEX,
+    REDUCTIONS,
+    Loss,
+    at_least_float32,
+    check_backend,
+    check_device,
+    check_ignore_index,
+    check_labels,
+    check_mask,
+    check_num_items,
+    kept_rows,
+    one_hot,
+    overwrite,
+    zero,
+)
 
 __all__ = ["SinKD", "sinkd"]
 
 FORMS = tuple(_forms.FORMS)
 VARIANTS = ("paper", "released")
 SOLVERS = ("sinkhorn", "sort")
-REDUCTIONS = ("sum", "mean")
 
 
 class _Options(NamedTuple):
@@ -27,6 +42,7 @@ class _Options(NamedTuple):
     variant: str
     solver: str
     reduction: str
+    ignore_index: int
     backend: str | None
 
 
@@ -34,7 +50,9 @@ def sinkd(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
     *,
+    labels: Tensor | None = None,
     temperature: float = 2.0,
     epsilon: float = 0.1,
     num_iters: int = 20,
@@ -42,6 +60,7 @@ def sinkd(
     variant: str = "paper",
     solver: str = "sinkhorn",
     reduction: str = "sum",
+    ignore_index: int = IGNORE_INDEX,
     backend: str | None = None,
 ) -> Tensor:
     r"""Sinkhorn distance between a batch of student outputs and a batch of teacher outputs.
@@ -71,24 +90,31 @@ def sinkd(
     flattened: does not exist (ValueError).
 
     Args:
-        student: logits (b, d); for ``form="regression"`` outputs (b,) or (b, 1). float16, bfloat16, float32 or float64.
-        teacher: the same shape and device, any floating dtype; or integer class labels (b,) in [0, d), whose one-hot
+        student: logits (b, d), or (..., d) with b rows in all, e.g. tokens; for ``form="regression"`` outputs (b,) or
+            (b, 1). float16, bfloat16, float32 or float64. Long rows (a language model's) are not copied in the batch
+            form: from 16.8 million logits on both sides together, they are softmaxed a piece at a time (not under
+            torch.compile and torch.func).
+        teacher: the same shape and device, any floating dtype; or integer class labels (...) in [0, d), whose one-hot
             rows are taken as ``t`` without a softmax (Eq. 23; not for regression). Label values are checked on the
-            CPU only.
-        mask: bool (b,); rows that are False are left out on both sides, whatever they hold (None: all rows count).
+            CPU only; elsewhere one that is out of range makes the loss NaN. Rows labelled `ignore_index` are left out.
+        mask: bool (...); rows that are False are left out on both sides, whatever they hold (None: all rows count).
             With no row left the loss is 0 and so is its gradient.
+        num_items_in_batch: divisor of "mean" and "batchmean" in place of their own (gradient accumulation).
+        labels: integers (...); rows labelled `ignore_index` are left out. Nothing else is done with them.
         temperature: > 0, divides the logits. Not used for regression.
         epsilon: > 0, entropic weight (lambda in the paper), in units of the cost.
         num_iters: >= 1, number of iterations of rows and columns. Always all of them: there is no stopping rule.
         form, variant: see above.
         solver: ``"sinkhorn"``, or ``"sort"`` for the flattened and regression forms: the exact transport cost
             (``epsilon`` to 0) by sorting.
-        reduction: ``"sum"`` as published, or ``"mean"``: divided by the number of rows that count.
+        reduction: ``"sum"`` as published; ``"mean"``: divided by the number of rows that count; ``"batchmean"``:
+            divided by the size of the first axis; ``"none"``: (...), what each row of the student pays.
+        ignore_index: see `teacher` and `labels`.
         backend: one of the package's backends, None chooses.
 
     Returns:
-        Scalar loss in float32, or float64 for float64 inputs. Gradients are those of the unrolled iterations and go
-        to whatever requires them (a teacher under ``torch.no_grad`` does not).
+        Scalar loss (or (...) for "none") in float32, or float64 for float64 inputs. Gradients are those of the
+        unrolled iterations and go to whatever requires them (a teacher under ``torch.no_grad`` does not).
 
     Raises:
         TypeError: a tensor argument of the wrong kind, a parameter of the wrong type.
@@ -108,14 +134,13 @@ def sinkd(
     >>> round(sinkd(student, torch.tensor([0, 1]), reduction="mean").item(), 4)
     0.538
     """
-    return _loss(
-        student, teacher, mask, _options(temperature, epsilon, num_iters, form, variant, solver, reduction, backend)
-    )
+    options = _options(temperature, epsilon, num_iters, form, variant, solver, reduction, ignore_index, backend)
+    return _loss(student, teacher, mask, num_items_in_batch, labels, options)
 
 
-class SinKD(nn.Module):
-    """Module form of :func:`sinkd`: the parameters are given once, ``forward(student, teacher, mask=None)`` gives the
-    loss.
+class SinKD(Loss):
+    """Module form of :func:`sinkd`: the parameters are given once, ``forward(student, teacher, mask=None,
+    num_items_in_batch=None, labels=None)`` gives the loss.
 
     Has no parameters, no buffers and no other state; can be pickled and copied. All parameters are keyword-only,
     checked here, and documented in :func:`sinkd`.
@@ -137,20 +162,27 @@ class SinKD(nn.Module):
         variant: str = "paper",
         solver: str = "sinkhorn",
         reduction: str = "sum",
+        ignore_index: int = IGNORE_INDEX,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self._options = _options(temperature, epsilon, num_iters, form, variant, solver, reduction, backend)
+        self._options = _options(
+            temperature, epsilon, num_iters, form, variant, solver, reduction, ignore_index, backend
+        )
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Scalar loss of student (b, d) against teacher (b, d) or labels (b,); see :func:`sinkd`."""
-        return _loss(student, teacher, mask, self._options)
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of student (..., d) against teacher (..., d) or labels (...); see :func:`sinkd`."""
+        return _loss(student, teacher, mask, num_items_in_batch, labels, self._options)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options._asdict().items())
 
-
-def _options(temperature, epsilon, num_iters, form, variant, solver, reduction, backend) -> _Options:
+def _options(temperature, epsilon, num_iters, form, variant, solver, reduction, ignore_index, backend) -> _Options:
     """The checked parameters."""
     for name, word, known in (
         ("form", form, FORMS),
@@ -167,15 +199,24 @@ def _options(temperature, epsilon, num_iters, form, variant, solver, reduction, 
         raise ValueError(
             "variant: expected 'paper' for form 'flattened' (the released code has no such form), got 'released'"
         )
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str or None, got {type(backend).__name__}")
+    check_backend(backend)
+    check_ignore_index(ignore_index)
     temperature, epsilon = positive_float("temperature", temperature), positive_float("epsilon", epsilon)
     return _Options(
-        temperature, epsilon, positive_int("num_iters", num_iters), form, variant, solver, reduction, backend
+        temperature,
+        epsilon,
+        positive_int("num_iters", num_iters),
+        form,
+        variant,
+        solver,
+        reduction,
+        ignore_index,
+        backend,
     )
 
 
-def _check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None, form: str) -> None:
+def _check_inputs(student: Tensor, teacher: Tensor, form: str) -> torch.Size:
+    """Raise for outputs that do not fit; the shape of the rows."""
     for name, tensor in (("student", student), ("teacher", teacher)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -185,49 +226,67 @@ def _check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None, form: s
     if form == "regression":
         if not (len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)):
             raise ValueError(f"student: expected shape (b,) or (b, 1) for form 'regression', got {tuple(shape)}")
-    elif len(shape) != 2 or shape[1] == 0:
-        raise ValueError(f"student: expected shape (b, d) with d >= 1, got {tuple(shape)}")
-    if teacher.device != student.device:
-        raise ValueError(f"teacher: expected device {student.device} as student, got {teacher.device}")
-    if teacher.is_floating_point():
-        if teacher.shape != shape:
-            raise ValueError(f"teacher: expected shape {tuple(shape)} as student, got {tuple(teacher.shape)}")
+        rows = shape[:1]
+    elif len(shape) < 2 or shape[-1] == 0:
+        raise ValueError(f"student: expected shape (..., d) with d >= 1 and rows, got {tuple(shape)}")
     else:
-        _check_labels(student, teacher, form)
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask: expected a bool tensor, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}"
-        )
-    if mask.shape != shape[:1]:
-        raise ValueError(f"mask: expected shape {tuple(shape[:1])}, got {tuple(mask.shape)}")
-    if mask.device != student.device:
-        raise ValueError(f"mask: expected device {student.device} as student, got {mask.device}")
+        rows = shape[:-1]
+    check_device("teacher", teacher, "student", student)
+    if not teacher.is_floating_point():
+        if teacher.is_complex() or teacher.dtype == torch.bool:
+            raise TypeError(f"teacher: expected floating-point logits or integer class labels, got {teacher.dtype}")
+        if form == "regression":
+            raise TypeError(f"teacher: expected a floating-point tensor for form 'regression', got {teacher.dtype}")
+        check_labels(teacher, rows, student, "teacher")
+    elif teacher.shape != shape:
+        raise ValueError(f"teacher: expected shape {tuple(shape)} as student, got {tuple(teacher.shape)}")
+    return rows
 
 
-def _check_labels(student: Tensor, labels: Tensor, form: str) -> None:
-    if labels.dtype in (torch.bool, torch.complex32, torch.complex64, torch.complex128):
-        raise TypeError(f"teacher: expected floating-point logits or integer class labels, got {labels.dtype}")
-    if form == "regression":
-        raise TypeError(f"teacher: expected a floating-point tensor for form 'regression', got {labels.dtype}")
-    if labels.shape != student.shape[:1]:
-        raise ValueError(
-            f"teacher: expected class labels of shape {tuple(student.shape[:1])}, got {tuple(labels.shape)}"
-        )
-
-
-def _loss(student: Tensor, teacher: Tensor, mask: Tensor | None, options: _Options) -> Tensor:
-    _check_inputs(student, teacher, mask, options.form)
+def _loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, num_items_in_batch: int | Tensor | None,
+    labels: Tensor | None, options: _Options,
+) -> Tensor:  # fmt: skip
+    shape = _check_inputs(student, teacher, options.form)
+    check_mask(mask, shape, student)
+    num_items_in_batch = check_num_items(num_items_in_batch, options.reduction)
+    if labels is not None:
+        check_labels(labels, shape, student)
+        mask = _without(labels, options.ignore_index, mask)
+    if len(shape) > 1:
+        student, teacher = (x.reshape(-1, *x.shape[len(shape) :]) for x in (student, teacher))
+        mask = None if mask is None else mask.reshape(-1)
+    if _forms.streams(student, teacher, options.form):
+        call = _forms.Call(mask, shape, num_items_in_batch, options.temperature)
+        return _forms.streamed(student, teacher, call, options)
     teacher_temperature = options.temperature
     if not teacher.is_floating_point():
-        teacher = _forms.one_hot_rows(teacher, student, mask)
+        mask, teacher = _one_hot_rows(teacher, student, mask, options.ignore_index)
         teacher_temperature = 0.0
-    student, teacher = at_least_float32(student, teacher)
+    elif mask is not None:
+        (teacher,) = overwrite(mask, teacher)
+    student, teacher = at_least_float32(*overwrite(mask, student), teacher)
     if student.shape[0] == 0:
-        return zero(student, teacher)
-    if mask is not None:
-        # Rows left out may hold anything, NaN included: they are overwritten before any arithmetic.
-        keep = mask if student.dim() == 1 else mask.unsqueeze(-1)
-        student, teacher = torch.where(keep, student, 0.0), torch.where(keep, teacher, 0.0)
-    return _forms.FORMS[options.form](student, teacher, teacher_temperature, mask, options)
+        nothing = zero(student, teacher)
+        return nothing.expand(shape) if options.reduction == "none" else nothing
+    call = _forms.Call(mask, shape, num_items_in_batch, teacher_temperature)
+    return _forms.FORMS[options.form](student, teacher, call, options)
+
+
+def _one_hot_rows(
+    labels: Tensor, student: Tensor, mask: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor]:
+    """Which rows count, and labels (b,) as probabilities (b, d); those of rows that do not count are any."""
+    d = student.shape[-1]
+    mask, wrong = kept_rows(labels, d, mask, ignore_index, "teacher")
+    rows = one_hot(*overwrite(mask, labels), d).to(student.dtype)
+    return mask, rows if wrong is None else torch.where(wrong.unsqueeze(-1), torch.nan, rows)
+
+
+def _without(labels: Tensor, ignore_index: int, mask: Tensor | None) -> Tensor | None:
+    """The rows of `mask` that are not labelled `ignore_index`; None: all, where that can be known."""
+    if ignore_index < torch.iinfo(labels.dtype).min:
+        return mask
+    kept = labels != ignore_index
+    kept = kept if mask is None else kept & mask
+    return None if values_readable(kept) and kept.all() else kept

@@ -78,68 +78,72 @@ def wkd_cost(
     """
     check_choice("method", method, METHODS)
     kappa, sigma = not_negative_float("kappa", kappa), positive_float("sigma", sigma)
-    rows, labels = _rows(features, labels, method)
+    features = _checked(features, labels, method)
     if labels is None:
-        distance = 1 - _cosine(rows)
+        distance = 1 - _cosine(features)
     else:
-        groups = _by_class(rows, labels, classes, 1 if method == "cosine" else 2)
+        groups = _by_class(features, labels, classes, 1 if method == "cosine" else 2)
         if method == "cosine":
-            distance = 1 - _cosine(torch.stack([group.mean(0, dtype=torch.float64) for group in groups]))
+            means = [_class_rows(features, index).mean(0, dtype=torch.float64) for index in groups]
+            distance = 1 - _cosine(torch.stack(means))
         else:
-            distance = 1 - _cka(_aligned(groups, max_per_class), sigma if method == "rbf_cka" else None, progress)
+            x = _aligned(features, groups, max_per_class)
+            distance = 1 - _cka(x, sigma if method == "rbf_cka" else None, progress)
     if distance.shape[0] < 2:
         raise ValueError(f"features: expected at least two classes, got {distance.shape[0]}")
     distance = (distance + distance.mT) / 2
-    return sharpened(distance.fill_diagonal_(0).clamp_(min=0), kappa).to(rows.dtype)
+    return sharpened(distance.fill_diagonal_(0).clamp_(min=0), kappa).to(features.dtype)
 
 
-def _rows(features: Tensor, labels: Tensor | None, method: str) -> tuple[Tensor, Tensor | None]:
-    """features as rows (N, d) of at least float32, with the label of each."""
+def _checked(features: Tensor, labels: Tensor | None, method: str) -> Tensor:
+    """Raise for what does not fit; the features in at least float32."""
     check_tensor("features", features, 2, "(N, d) or (N, d, *positions)")
     if 0 in features.shape:
         raise ValueError(f"features: expected at least one row and feature, got shape {tuple(features.shape)}")
     features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
     if not features.isfinite().all():
         raise ValueError("features: expected finite values, got NaN or infinities")
-    if labels is None:
-        if method != "cosine":
-            raise ValueError(f"labels: expected the class of each row of features for method {method!r}, got None")
-        if features.dim() != 2:
-            raise ValueError(f"features: expected weights (C, d) without labels, got shape {tuple(features.shape)}")
-        return features, None
-    check_labels(labels, features.shape[:1], features, other_name="features")
+    if labels is not None:
+        check_labels(labels, features.shape[:1], features, other_name="features")
+    elif method != "cosine":
+        raise ValueError(f"labels: expected the class of each row of features for method {method!r}, got None")
+    elif features.dim() != 2:
+        raise ValueError(f"features: expected weights (C, d) without labels, got shape {tuple(features.shape)}")
+    return features
+
+
+def _by_class(features: Tensor, labels: Tensor, classes: int | None, least: int) -> list[Tensor]:
+    """Where the features of each class are, in their order."""
     labels = labels.long()
-    if features.dim() > 2:
-        positions = features[0, 0].numel()
-        features = features.flatten(2).transpose(1, 2).reshape(-1, features.shape[1])
-        labels = labels.repeat_interleave(positions)
-    return features, labels
-
-
-def _by_class(rows: Tensor, labels: Tensor, classes: int | None, least: int) -> list[Tensor]:
-    """The rows of each class, in their order."""
     low, high = labels.min().item(), labels.max().item()
     classes = int(high) + 1 if classes is None else positive_int("classes", classes)
     if low < 0 or high >= classes:
         raise ValueError(f"labels: expected values in [0, {classes}), got values from {low} to {high}")
     counts = torch.bincount(labels, minlength=classes).tolist()
     small = min(range(classes), key=counts.__getitem__)
-    if counts[small] < least:
-        raise ValueError(
-            f"labels: expected at least {least} row(s) of each class, got {counts[small]} of class {small}"
-        )
-    order = labels.argsort(stable=True)
-    return list(rows[order].split(counts))
+    rows = counts[small] * features.shape[2:].numel()
+    if rows < least:
+        raise ValueError(f"labels: expected at least {least} row(s) of each class, got {rows} of class {small}")
+    return list(labels.argsort(stable=True).split(counts))
 
 
-def _aligned(groups: list[Tensor], max_per_class: int | None) -> Tensor:
-    """(C, m, d): the first m rows of each class, m the smallest count."""
-    m = min(len(group) for group in groups)
+def _class_rows(features: Tensor, index: Tensor) -> Tensor:
+    """The rows (n, d) of one class: those of the features, or every position of them."""
+    rows = features.index_select(0, index)
+    return rows if rows.dim() == 2 else rows.flatten(2).transpose(1, 2).reshape(-1, rows.shape[1])
+
+
+def _aligned(features: Tensor, groups: list[Tensor], max_per_class: int | None) -> Tensor:
+    """(C, m, d): the first m rows of each class, m the smallest count; the only copy of the features."""
+    m = min(map(len, groups)) * features.shape[2:].numel()
     if max_per_class is not None:
         if positive_int("max_per_class", max_per_class) < 2:
             raise ValueError(f"max_per_class: expected at least 2, got {max_per_class}")
         m = min(m, max_per_class)
-    return torch.stack([group[:m] for group in groups])
+    x = features.new_empty(len(groups), m, features.shape[1])
+    for own, index in zip(x, groups, strict=True):
+        own.copy_(_class_rows(features, index)[:m])
+    return x
 
 
 def _cosine(rows: Tensor) -> Tensor:
@@ -152,8 +156,8 @@ def _cosine(rows: Tensor) -> Tensor:
 
 
 def _cka(x: Tensor, sigma: float | None, progress: Progress | None) -> Tensor:
-    """Similarities (C, C), float64, of x (C, m, d); linear, or RBF with bandwidth sigma."""
-    x = x - x.mean(1, keepdim=True)
+    """Similarities (C, C), float64, of x (C, m, d), which is centred in place; linear, or RBF with bandwidth sigma."""
+    x -= x.mean(1, keepdim=True)
     _, m, d = x.shape
     if sigma is not None:
         products = _rbf_products(x, sigma, progress)

@@ -177,8 +177,8 @@ def check_maps(student: Tensor, teacher: Tensor, mask: Tensor | None, statistics
     if 0 in student.shape[1:]:
         raise ValueError(f"student_maps: expected channels and positions, got shape {tuple(student.shape)}")
     channels = statistics == "channel"
-    expected = (*student.shape[:2], *teacher.shape[2:]) if channels else (*teacher.shape[:2], *student.shape[2:])
-    expected = (student.shape[0], *expected[1:])
+    (samples, student_channels, *positions), (_, teacher_channels, *teacher_positions) = student.shape, teacher.shape
+    expected = (samples, student_channels, *teacher_positions) if channels else (samples, teacher_channels, *positions)
     if teacher.dim() != student.dim() or tuple(teacher.shape) != expected or 0 in teacher.shape[1:]:
         what = "samples and channels" if channels else "samples and positions"
         raise ValueError(

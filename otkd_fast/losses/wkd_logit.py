@@ -104,7 +104,7 @@ def wkd_logit(
         reduction: "mean" as published; "none" (...), "sum", or "batchmean": the sum divided by the size of the first
             axis.
         ignore_index: see `labels`.
-        backend: one of the package's backends, None chooses.
+        backend: one of the package's backends for variant="paper", None chooses; the released loop is PyTorch's.
 
     Returns:
         Scalar (or (...) for "none") in float32, or float64 if an input is float64. No row that counts: 0, gradient 0.

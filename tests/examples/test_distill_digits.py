@@ -56,7 +56,7 @@ def test_every_method(tmp_path):
     result = demo(tmp_path, "--method", "all", "--quick", "--seeds", "1", block=("matplotlib",))
     assert result.returncode == 0, result.stderr
     methods = json.loads((tmp_path / "digits_methods.json").read_text())["methods"]
-    published = {"SinKD", "WKD-L", "WKD-F", "WKD-F full", "WKL"}
+    published = {"SinKD", "WKD-L", "WKD-F", "WKD-F full", "WKL", "KD2M W2", "KD2M CW2", "KD2M W2 Gaussian", "WCoRD"}
     assert published | {"teacher", "cross-entropy", "KL"} <= set(methods)
     assert all(5.0 < row["accuracy"][0] <= 100.0 for row in methods.values())
     report = (tmp_path / "digits_methods.md").read_text()

@@ -9,7 +9,7 @@ import functools
 import torch
 import wkd_cases
 
-from otkd_fast.losses import WKL, WKDFeature, WKDLogit, WKLFeature
+from otkd_fast.losses import WKL, UniversalLogitDistillation, WKDFeature, WKDLogit, WKLFeature
 
 CLASSES = 5
 COST = wkd_cases.distances(CLASSES)
@@ -23,6 +23,11 @@ def logits(rows=6, dtype=torch.float64):
 def maps(rows=6, dtype=torch.float64):
     generator = torch.Generator().manual_seed(rows)
     return tuple(torch.randn(rows, 3, 4, 4, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+
+
+def two_vocabularies(rows=6, dtype=torch.float64):
+    student, teacher, _ = logits(rows, dtype)
+    return student, torch.cat([teacher, teacher[:, :2] - 1], 1)
 
 
 def with_progress(inputs, **options):
@@ -41,6 +46,7 @@ CASES = {
     "WKDFeature position": (functools.partial(WKDFeature, statistics="position"), maps),
     "WKDFeature full": (functools.partial(WKDFeature, covariance="full"), maps),
     "WKLFeature": (WKLFeature, functools.partial(with_progress, maps)),
+    "ULD": (UniversalLogitDistillation, two_vocabularies),
 }
 # those whose rows have labels
 LABELLED = [name for name in CASES if name.startswith(("WKDLogit", "WKL "))]

@@ -70,7 +70,7 @@ def test_rbf_cka(sigma, generator):
 
 def test_the_two_forms_of_linear_cka_and_their_blocks(generator, monkeypatch):
     features, labels = classes_of((9, 8, 11, 10, 9), 7, generator)
-    x = _aligned(_by_class(features, labels, None, 2), None)
+    x = _aligned(features, _by_class(features, labels, None, 2), None)
     expected = _feature_products(x, None)
     torch.testing.assert_close(_gram_products(x, None), expected, rtol=1e-12, atol=0.0)
     monkeypatch.setattr(sys.modules[function.__module__], "_BLOCK", 100)
