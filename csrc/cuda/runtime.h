@@ -20,6 +20,7 @@
 #define OTKD_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define OTKD_ROLLED _Pragma("unroll 1")
 #define OTKD_DEVICE __device__ __forceinline__
+#define OTKD_BOTH __host__ __device__ __forceinline__
 #define OTKD_CALL __device__ __noinline__
 #define OTKD_CONSTANT const __grid_constant__
 #define OTKD_UNROLL _Pragma("unroll")
@@ -118,11 +119,11 @@ OTKD_DEVICE int warp_id() { return thread_id() >> 5; }
 OTKD_DEVICE int block_warps() { return block_threads() >> 5; }
 
 template <class S>
-OTKD_DEVICE S larger(S a, S b) {
+OTKD_BOTH S larger(S a, S b) {
     return a > b ? a : b;
 }
 template <class S>
-OTKD_DEVICE S smaller(S a, S b) {
+OTKD_BOTH S smaller(S a, S b) {
     return a < b ? a : b;
 }
 

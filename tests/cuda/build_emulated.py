@@ -44,7 +44,7 @@ def run(*command):
 
 def content():
     """A hash of everything that goes into the build."""
-    folders = (ROOT / "csrc", HERE)
+    folders = (*(ROOT / "csrc" / name for name in ("cuda", "include", "bindings")), HERE)
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".h", ".cu", ".cpp"))
     text = hashlib.sha256(torch.__version__.encode())
     for path in [*files, Path(__file__)]:

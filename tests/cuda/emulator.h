@@ -31,6 +31,7 @@
 #define OTKD_KERNEL(...) inline void
 #define OTKD_ROLLED
 #define OTKD_DEVICE inline
+#define OTKD_BOTH inline
 #define OTKD_CALL inline
 #define OTKD_CONSTANT const
 #define OTKD_UNROLL

@@ -1,7 +1,7 @@
 """Registers, spills and shared memory of every CUDA kernel and architecture, as ptxas tells them.
 
     python tests/cuda/resources.py           compile, and compare with csrc/cuda/resources.json
-    python tests/cuda/resources.py --write   compile, and write it
+    python tests/cuda/resources.py --write   compile, and write it, architecture by architecture
 
 Entries are [registers, bytes of stack, bytes of spill stores, bytes of spill loads, bytes of static shared memory].
 Dynamic shared memory depends on the call: the launches in csrc/cuda compute it.
@@ -75,10 +75,37 @@ def _readable(mangled):
     return re.sub(r">\(.*$", ">", short).replace("> >", ">>")
 
 
+def write(architectures=ARCHITECTURES):
+    """Measure and put into the table one architecture after the other: what is there stays, if this is interrupted."""
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if table.get("nvcc") != toolkit():
+        table = {}
+    for arch in architectures:
+        table |= measure((arch,))
+        table = {"nvcc": toolkit(), **{str(key): table[str(key)] for key in ARCHITECTURES if str(key) in table}}
+        text = json.dumps(table, indent=1)
+        TABLE.write_text(re.sub(r"\[[^\]]*\]", lambda entry: re.sub(r"\s+", " ", entry[0]), text) + "\n")
+
+
+def calls_device_code(file):
+    """Whether host code of this file calls a function of the device: nvcc makes that an exit(1), without a warning."""
+    with TemporaryDirectory() as folder:
+        command = [
+            NVCC, "-std=c++17", "-O1", f"-I{ROOT / 'csrc' / 'include'}", "-gencode", "arch=compute_90,code=compute_90",
+            "-c", "-o", f"{folder}/out.o", str(ROOT / "csrc" / "cuda" / f"{file}.cu"),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+        undefined = subprocess.run(["nm", "-u", f"{folder}/out.o"], check=True, capture_output=True, text=True).stdout
+    return "exit" in undefined.split()
+
+
 def worse(measured, table):
     """Sentences on what takes more than the table says, is not in it, or is there no more."""
     found = []
     for arch, kernels in measured.items():
+        if arch not in table:
+            found.append(f"sm_{arch} is not in the table")
+            continue
         for name in sorted(kernels.keys() | table[arch].keys()):
             new, old = kernels.get(name), table[arch].get(name)
             if new is None or old is None:
@@ -91,11 +118,9 @@ def worse(measured, table):
 if __name__ == "__main__":
     if NVCC is None:
         raise SystemExit("nvcc was not found on PATH or in /usr/local/cuda/bin")
-    result = measure()
     if "--write" in sys.argv[1:]:
-        text = json.dumps({"nvcc": toolkit(), **result}, indent=1)
-        TABLE.write_text(re.sub(r"\[[^\]]*\]", lambda entry: re.sub(r"\s+", " ", entry[0]), text) + "\n")
+        write()
     else:
-        problems = worse(result, json.loads(TABLE.read_text()))
+        problems = worse(measure(), json.loads(TABLE.read_text()))
         print("\n".join(problems) or f"as in {TABLE.relative_to(ROOT)}")
         sys.exit(bool(problems))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import otkd_fast
-from otkd_fast.ops import _library
+from otkd_fast.ops import _library, cost_matrix
 from otkd_fast.testing import random_problem
 
 SUM, NO_BARRIER, OVERRUN, UNWRITTEN, LONELY_BARRIER, LONELY_SHUFFLE, ODD_BLOCK = range(7)
@@ -68,3 +68,13 @@ def test_an_architecture_that_was_not_built_names_the_command(monkeypatch):
     assert "has kernels for 80 90 90+PTX" in text
     assert "OTKD_FAST_CUDA_ARCHS=99 pip install" in text
     assert "OTKD_FAST_CUDA_ARCHS" not in _library._failure("sinkhorn", cost, "kernel x: out of memory")
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or getattr(_library.native, "cuda", None) is None, reason="needs a CUDA build, and no GPU"
+)
+def test_the_cuda_build_says_that_there_is_no_device():
+    """The runtime in the module answers, and its error comes out as an exception that names the call."""
+    assert _library.native.cuda_info()["devices"] == []
+    with pytest.raises(RuntimeError, match=r"cost_matrix on \(2, 2\) float32 on cpu: .*cudaErrorInsufficientDriver"):
+        cost_matrix._fwd_cuda(torch.ones(2, 3), torch.ones(2, 3), "l1", 0.0, 0.0)
