@@ -4,8 +4,9 @@
     C = |P_i - Q_j|_1, T iterations rows first, scale <plan, C>, gradients through the unrolled iterations
 
 The softmaxed rows are never in memory. Small problems take a launch each for C, the iterations and their adjoint, a
-launch a side for the sums of the softmax and one for the gradient. An L1 cost of softmaxed rows is at most 2; where 2 / epsilon leaves the range in which a float32
-cost determines the plan, float32 is solved in float64, as on the other backends.
+launch a side for the sums of the softmax and one for the gradient. An L1 cost of softmaxed rows is at most 2; where
+2 / epsilon leaves the range in which a float32 cost determines the plan, float32 is solved in float64, as on the
+other backends.
 """
 
 from __future__ import annotations
