@@ -52,13 +52,15 @@ struct Lyapunov {
             const double size = squared_norm(m, n, T(0));  // by each thread: nothing to share
             multiply(x, m, product, n, n, FullDepth{n}, team, keep);
             team.barrier();
-            multiply_symmetric(m, product, x, n, FullDepth{n}, team,
+            // not into x, which it reads at the end of its sums
+            multiply_symmetric(m, product, next, n, FullDepth{n}, team,
                                [&](Vec<T> sum, int64_t at) { return load(x.data + at) + sum; });
-            const bool done = size * size <= kLeftOut || !(size < std::numeric_limits<double>::infinity());
-            if (!done) multiply_symmetric(m, m, next, n, FullDepth{n}, team, keep);
             team.barrier();
-            if (done) break;
-            std::swap(m, next);
+            std::swap(x, next);
+            if (size * size <= kLeftOut || !(size < std::numeric_limits<double>::infinity())) break;
+            multiply_symmetric(m, m, product, n, FullDepth{n}, team, keep);
+            team.barrier();
+            std::swap(m, product);
         }
     }
 
