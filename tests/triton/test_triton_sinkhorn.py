@@ -80,7 +80,9 @@ def test_sizes(form, n, m, generator):
         check(problem._replace(a=None, b=None), torch.float64, "unroll", generator, epsilon=0.1, num_iters=2)
 
 
-@pytest.mark.parametrize("dtype, epsilon", [(torch.float64, 0.1), (torch.float32, 10.0), (torch.float32, 0.002)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, epsilon", [(torch.float64, 0.1), (torch.float32, 10.0), (torch.float32, 0.002)], ids=str
+)
 def test_ranges_of_exponents(form, dtype, epsilon, generator):
     """Scalings and the log domain; zero masses and forbidden pairs."""
     problem = random_problem(4, 5, batch=(2,), zeros=True, infinite=True, generator=generator)
