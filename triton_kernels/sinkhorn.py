@@ -100,11 +100,14 @@ class Tile(NamedTuple):
         }  # fmt: skip
 
 
-def tile_of(n: int, m: int, dtype: torch.dtype) -> Tile:
-    """32 registers a thread for the kernel; 8 costs a thread in a chunk, 2 in float64, whose exponentials take many."""
+def tile_of(n: int, m: int, dtype: torch.dtype, backward: bool = False) -> Tile:
+    """32 registers a thread for the kernel, backward 16 beside those of its gradient; 8 costs a thread in a chunk,
+    backward 4, and 2 in float64, whose exponentials take many registers.
+    """
     rows, columns = _runtime.power_of_2(n), _runtime.power_of_2(m)
-    warps = min(16, max(1, rows * columns * dtype.itemsize // 4096))
-    chunk = max(1, warps * 32 * (8 if dtype is torch.float32 else 2) // rows)
+    warps = min(16, max(1, rows * columns * dtype.itemsize // (2048 if backward else 4096)))
+    each = 2 if dtype is torch.float64 else 4 if backward else 8
+    chunk = max(1, warps * 32 * each // rows)
     return Tile(rows, columns, min(columns, chunk), warps)
 
 
@@ -239,7 +242,7 @@ def _on_chip(batch: Problems, history, incoming, grads, num_iters, gradient) -> 
         IN_F=grad_f is not None, IN_G=grad_g is not None,
         MODE=GRADIENTS[gradient], PLAIN=batch.plain,
         NEED_COST=grad_cost.numel() > 0, NEED_A=grad_a.numel() > 0, NEED_B=grad_b.numel() > 0,
-        **tile_of(n, m, batch.cost.dtype).launch,
+        **tile_of(n, m, batch.cost.dtype, backward=True).launch,
     )  # fmt: skip
     return adjoint_f, adjoint_g
 
@@ -264,6 +267,7 @@ def aot_cases() -> list[_runtime.AotCase]:
             "NEED_A": True, "NEED_B": True,
         }  # fmt: skip
         absent = ("initial_g", "grad_regularized", "grad_f", "grad_g")
+        launch = tile_of(n, n, dtype, backward=True).launch
         cases.append(aot.case(f"unroll {what}", differentiate_small, dtype, backward, launch, absent, **spills))
     for dtype in (torch.float32,):
         half = {
