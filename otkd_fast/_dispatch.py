@@ -50,6 +50,7 @@ KERNELS = {
         "sinkhorn",
         "sinkhorn_shared",
         "sinkhorn_points",
+        "sinkd",
         "polar",
         "gaussian_wasserstein",
         "feature_moments",

@@ -180,7 +180,7 @@ def apply_plan(
         plan = tl.exp2((phi[:, None] + gamma[None, :] - c * scale).to(DATA))
         for column in tl.static_range(BK):
             place = (p * m + j) * width + k + column
-            values = tl.load(v + place, mask=(j < m) & (k + column < width), other=0.0)
+            values = tl.load(v + place, mask=(j < m) & (j * 0 + (k + column) < width), other=0.0)
             product = tl.sum(plan * values[None, :], 1).to(tl.float64)
             total += tl.where((columns == column)[None, :], product[:, None], 0.0)
     place = (p * n + i.to(tl.int64))[:, None] * width + (k + columns)[None, :]

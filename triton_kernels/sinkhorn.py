@@ -100,11 +100,14 @@ class Tile(NamedTuple):
         }  # fmt: skip
 
 
-def tile_of(n: int, m: int, dtype: torch.dtype) -> Tile:
-    """32 registers a thread for the kernel; 8 costs a thread in a chunk, 2 in float64, whose exponentials take many."""
+def tile_of(n: int, m: int, dtype: torch.dtype, backward: bool = False) -> Tile:
+    """32 registers a thread for the kernel, backward 16 beside those of its gradient; 8 costs a thread in a chunk,
+    backward 4, and 2 in float64, whose exponentials take many registers.
+    """
     rows, columns = _runtime.power_of_2(n), _runtime.power_of_2(m)
-    warps = min(16, max(1, rows * columns * dtype.itemsize // 4096))
-    chunk = max(1, warps * 32 * (8 if dtype is torch.float32 else 2) // rows)
+    warps = min(16, max(1, rows * columns * dtype.itemsize // (2048 if backward else 4096)))
+    each = 2 if dtype is torch.float64 else 4 if backward else 8
+    chunk = max(1, warps * 32 * each // rows)
     return Tile(rows, columns, min(columns, chunk), warps)
 
 
@@ -114,8 +117,9 @@ def is_small(n: int, m: int, dtype: torch.dtype) -> bool:
     return tile.rows * tile.columns <= SMALL[dtype] and max(n, m) <= LONGEST
 
 
-def solve(batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: float, relaxation: float,
-keep: int) -> None:
+def solve(
+    batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: float, relaxation: float, keep: int
+) -> None:
     """Fills transport_cost, regularized_cost, f, g, marginal_error, count, history; all (P, ...), rows first."""
     count, n, m = batch.sizes
     if not is_small(n, m, batch.cost.dtype):
@@ -149,8 +153,10 @@ def sinkhorn_fwd(
         batch = problems(cost, a, b, initial_f, initial_g, epsilon, penalty_a, penalty_b, update_a_first)
         sides = (f, g) if update_a_first else (g, f)
         with _runtime.on_device(cost):
-            outputs = [tensor.view(error.numel(), *tensor.shape[len(axes) :]) for tensor in (*values, *sides, error,
-            count, history)]
+            outputs = [
+                tensor.view(error.numel(), *tensor.shape[len(axes) :])
+                for tensor in (*values, *sides, error, count, history)
+            ]
             solve(batch, outputs, num_iters, tol, relaxation, keep)
     return *values, f, g, error, count, history
 
@@ -236,7 +242,7 @@ def _on_chip(batch: Problems, history, incoming, grads, num_iters, gradient) -> 
         IN_F=grad_f is not None, IN_G=grad_g is not None,
         MODE=GRADIENTS[gradient], PLAIN=batch.plain,
         NEED_COST=grad_cost.numel() > 0, NEED_A=grad_a.numel() > 0, NEED_B=grad_b.numel() > 0,
-        **tile_of(n, m, batch.cost.dtype).launch,
+        **tile_of(n, m, batch.cost.dtype, backward=True).launch,
     )  # fmt: skip
     return adjoint_f, adjoint_g
 
@@ -253,13 +259,15 @@ def aot_cases() -> list[_runtime.AotCase]:
         spills = {"may_spill": n > 64, "quick": quick}
         given = {"HAS_A": True, "HAS_B": True, "HAS_G": False, "PLAIN": True}
         forward = given | {"HAS_F": False, "KEEP": keep, "STOP": False, "AUTO": False, "RELAXED": False}
-        cases.append(aot.case(f"solve {what}", solve_small, dtype, forward, launch, ("initial_f", "initial_g"),
-        **spills))
+        cases.append(
+            aot.case(f"solve {what}", solve_small, dtype, forward, launch, ("initial_f", "initial_g"), **spills)
+        )
         backward = given | {
             "IN_TRANSPORT": True, "IN_REGULARIZED": False, "IN_F": False, "IN_G": False, "MODE": 0, "NEED_COST": True,
             "NEED_A": True, "NEED_B": True,
         }  # fmt: skip
         absent = ("initial_g", "grad_regularized", "grad_f", "grad_g")
+        launch = tile_of(n, n, dtype, backward=True).launch
         cases.append(aot.case(f"unroll {what}", differentiate_small, dtype, backward, launch, absent, **spills))
     for dtype in (torch.float32,):
         half = {
