@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import cost_l1, loss_wkd, memory, sinkd, sinkhorn_dense, sinkhorn_shared
+from . import cost_l1, gaussian, loss_wkd, matrix_roots, memory, sinkd, sinkhorn_dense, sinkhorn_shared
 from .family import Family
 from .measure import measure
 
@@ -25,6 +25,10 @@ FAMILIES = (
     sinkhorn_dense.FAMILY,
     loss_wkd.LOGIT_FAMILY,
     loss_wkd.FEATURE_FAMILY,
+    matrix_roots.ROOTS,
+    matrix_roots.NORMS,
+    gaussian.DISTANCES,
+    gaussian.MOMENTS,
 )
 
 

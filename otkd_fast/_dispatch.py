@@ -44,7 +44,16 @@ KERNELS = {
         "feature_moments",
     ),
     "cuda": (),
-    "triton": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkhorn_points", "polar"),
+    "triton": (
+        "cost_matrix",
+        "sinkhorn",
+        "sinkhorn_shared",
+        "sinkhorn_points",
+        "sinkd",
+        "polar",
+        "gaussian_wasserstein",
+        "feature_moments",
+    ),
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"

@@ -25,13 +25,10 @@ SIGNATURE_DTYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
 }
-if tl is not None:
-    TL_DTYPES = {
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-        torch.float32: tl.float32,
-        torch.float64: tl.float64,
-    }
+TL_DTYPES = {
+    dtype: getattr(tl, str(dtype).removeprefix("torch."), None)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 class AotCase(NamedTuple):

@@ -56,8 +56,9 @@ def case(
     return AotCase(name, kernel, signature, constants, warps, stages, fusion, **keywords)
 
 
-def tiles(kernel_name: str, kernel: Any, dtype: torch.dtype, metric: int, constants: dict[str, Any],
-absent=()) -> AotCase:
+def tiles(
+    kernel_name: str, kernel: Any, dtype: torch.dtype, metric: int, constants: dict[str, Any], absent=()
+) -> AotCase:
     """A kernel of ``_sinkhorn_tiles`` for 1024 x 1024 problems."""
     rows, columns = large.block_of(1024, 1024, dtype)
     if "gradient" in kernel_name:

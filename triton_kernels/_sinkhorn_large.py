@@ -86,8 +86,9 @@ def relative(weights: Tensor, potential: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(served, potential - torch.where(weights > 0, weights, 1).log2(), 0), served
 
 
-def start(initial: Tensor | None, weights: Tensor | None, shape: tuple[int, int], like: Tensor,
-epsilon: float) -> Tensor:
+def start(
+    initial: Tensor | None, weights: Tensor | None, shape: tuple[int, int], like: Tensor, epsilon: float
+) -> Tensor:
     """phi before the first iteration, (P, n) float64."""
     value = _runtime.empty(shape, like, torch.float64).zero_()
     if initial is not None:
@@ -217,8 +218,13 @@ class Adjoint(NamedTuple):
 
 
 def differentiate(
-    costs: Costs, sides: Sides, initial_g, history: Tensor, incoming: tuple[Tensor | None, ...], num_iters: int,
-    gradient: str
+    costs: Costs,
+    sides: Sides,
+    initial_g,
+    history: Tensor,
+    incoming: tuple[Tensor | None, ...],
+    num_iters: int,
+    gradient: str,
 ) -> Adjoint:
     """The adjoint loop; with 'implicit' only the derivatives by the final potentials, in slot 0 of f_bar and g_bar."""
     problems, (n, m) = len(history), (costs.n, costs.m)
@@ -270,8 +276,9 @@ def _end(weights, potential, mass, other_total, drop, epsilon) -> tuple[Tensor, 
     other = epsilon * other_total[:, None]
     if drop:
         exponent = -shift * (drop * math.log(2))
-        by_mass = torch.where(served, -epsilon / drop * exponent.expm1() - epsilon * exponent.exp(),
-        epsilon / drop) + other
+        by_mass = (
+            torch.where(served, -epsilon / drop * exponent.expm1() - epsilon * exponent.exp(), epsilon / drop) + other
+        )
         counted = weights > 0
     else:
         exponent = torch.zeros_like(shift)
@@ -290,8 +297,17 @@ def _unrolled(costs: Costs, sides: Sides, adjoint: Adjoint, last_f: Tensor, weig
             # g_bar[t - 1] of problems whose last step is t - 1 is there already
             columns = potentials[:, t - 1, n:]
             _back(
-                costs.swapped(), sides.a, sides.lambda_a, columns, now, f_bar[t], g_bar[t - 1], None, steps, t,
-                sides.epsilon
+                costs.swapped(),
+                sides.a,
+                sides.lambda_a,
+                columns,
+                now,
+                f_bar[t],
+                g_bar[t - 1],
+                None,
+                steps,
+                t,
+                sides.epsilon,
             )
     by = []
     for weight, bar, direct in zip(weights, (f_bar, g_bar), (adjoint.by_a, adjoint.by_b), strict=True):

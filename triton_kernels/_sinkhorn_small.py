@@ -106,8 +106,9 @@ def grow(top, total, t):
 def log_of(top, total):
     """log2 of 2^top total."""
     empty = total == 0
-    return tl.where(empty, float("-inf"), tl.where(empty, 0.0, top) + tl.log2(tl.where(empty, 1.0,
-    total)).to(tl.float64))
+    return tl.where(
+        empty, float("-inf"), tl.where(empty, 0.0, top) + tl.log2(tl.where(empty, 1.0, total)).to(tl.float64)
+    )
 
 
 @jit

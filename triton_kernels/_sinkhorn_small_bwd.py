@@ -100,8 +100,10 @@ def back_to_rows(
         gamma = kept_columns(history, slot, j, n, m, float("-inf"))
         g_ = tl.where(gamma == float("-inf"), 0.0, tl.load(scratch + j, mask=j < m, other=0.0))
         add_to(scratch + m + j, epsilon * inverse(b) * g_, j < m, True)
-        terms = plan_tile(c, scale, phi, normalised(gamma, log_masses(b, DATA),
-        lambda_b)) * (g_ * lambda_b).to(c.dtype)[None, :]
+        terms = (
+            plan_tile(c, scale, phi, normalised(gamma, log_masses(b, DATA), lambda_b))
+            * (g_ * lambda_b).to(c.dtype)[None, :]
+        )
         place = i[:, None] * out_i + j[None, :] * out_j
         add_to(grad_cost + place, terms, (i < n)[:, None] & (j < m)[None, :], NEED_COST)
         f_ -= tl.sum(terms, 1)

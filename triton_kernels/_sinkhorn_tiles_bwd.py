@@ -81,8 +81,9 @@ def gradient_block(
             column = tl.load(g_bar + (t * problems + p) * m + j, mask=j < m, other=0.0) * lambda_b
             phi = tl.load(potentials_n + p * stride_kept + t * slot_stride + i, mask=i < n, other=float("-inf"))
             gamma = tl.load(potentials_m + p * stride_kept + t * slot_stride + j, mask=j < m, other=float("-inf"))
-            before = tl.load(potentials_m + p * stride_kept + (t - 1) * slot_stride + j, mask=j < m,
-            other=float("-inf"))
+            before = tl.load(
+                potentials_m + p * stride_kept + (t - 1) * slot_stride + j, mask=j < m, other=float("-inf")
+            )
             gamma = normalised(gamma, log_b, lambda_b)
             total += tl.exp2((phi[:, None] + gamma[None, :] + exponents).to(DATA)) * column.to(DATA)[None, :]
             phi = normalised(phi, log_a, lambda_a)
@@ -170,8 +171,9 @@ def point_gradient(
                 HAS_A,
                 HAS_B, CONSTANT, UNROLL,
             )  # fmt: skip
-        spread(left + p * d * n_, right + p * d * m_, c, weights, out + p * d * n_, i, j, n_, m_, d, factor, METRIC,
-        DATA)
+        spread(
+            left + p * d * n_, right + p * d * m_, c, weights, out + p * d * n_, i, j, n_, m_, d, factor, METRIC, DATA
+        )
 
 
 @jit
@@ -195,5 +197,6 @@ def applied_gradient(
             inner += row[:, None] * tl.load(v + (p * m + j) * width + k, mask=j < m, other=0.0)[None, :]
         plan = tl.exp2((phi[:, None] + gamma[None, :] - c * (LOG2E / epsilon)).to(DATA))
         weights = -plan * inner / epsilon.to(DATA)
-        spread(left + p * d * n_, right + p * d * m_, c, weights, out + p * d * n_, i, j, n_, m_, d, factor, METRIC,
-        DATA)
+        spread(
+            left + p * d * n_, right + p * d * m_, c, weights, out + p * d * n_, i, j, n_, m_, d, factor, METRIC, DATA
+        )

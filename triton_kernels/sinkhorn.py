@@ -117,8 +117,9 @@ def is_small(n: int, m: int, dtype: torch.dtype) -> bool:
     return tile.rows * tile.columns <= SMALL[dtype] and max(n, m) <= LONGEST
 
 
-def solve(batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: float, relaxation: float,
-keep: int) -> None:
+def solve(
+    batch: Problems, outputs: tuple[Tensor, ...], num_iters: int, tol: float, relaxation: float, keep: int
+) -> None:
     """Fills transport_cost, regularized_cost, f, g, marginal_error, count, history; all (P, ...), rows first."""
     count, n, m = batch.sizes
     if not is_small(n, m, batch.cost.dtype):
@@ -152,8 +153,10 @@ def sinkhorn_fwd(
         batch = problems(cost, a, b, initial_f, initial_g, epsilon, penalty_a, penalty_b, update_a_first)
         sides = (f, g) if update_a_first else (g, f)
         with _runtime.on_device(cost):
-            outputs = [tensor.view(error.numel(), *tensor.shape[len(axes) :]) for tensor in (*values, *sides, error,
-            count, history)]
+            outputs = [
+                tensor.view(error.numel(), *tensor.shape[len(axes) :])
+                for tensor in (*values, *sides, error, count, history)
+            ]
             solve(batch, outputs, num_iters, tol, relaxation, keep)
     return *values, f, g, error, count, history
 
@@ -256,8 +259,9 @@ def aot_cases() -> list[_runtime.AotCase]:
         spills = {"may_spill": n > 64, "quick": quick}
         given = {"HAS_A": True, "HAS_B": True, "HAS_G": False, "PLAIN": True}
         forward = given | {"HAS_F": False, "KEEP": keep, "STOP": False, "AUTO": False, "RELAXED": False}
-        cases.append(aot.case(f"solve {what}", solve_small, dtype, forward, launch, ("initial_f", "initial_g"),
-        **spills))
+        cases.append(
+            aot.case(f"solve {what}", solve_small, dtype, forward, launch, ("initial_f", "initial_g"), **spills)
+        )
         backward = given | {
             "IN_TRANSPORT": True, "IN_REGULARIZED": False, "IN_F": False, "IN_G": False, "MODE": 0, "NEED_COST": True,
             "NEED_A": True, "NEED_B": True,

@@ -144,7 +144,7 @@ void solve_panels(const PolarArgs<T>& args, const PolarSchedule& schedule, const
     const int exponent = exponent_of(largest);
     if (team.rank == 0) load_normalised(matrix, s, it, exponent, schedule.step[0].top);
     team.barrier();
-    it.run(schedule, false, team);
+    it.run(schedule, team);
     it.refine(team);
     if (team.rank == 0) {
         store_panels(it.x, s.n, s.m, s.transposed, polar);

@@ -36,7 +36,7 @@ struct SampleFactor {
         std::memset(factor, 0, d * ld * sizeof(T));
         for (int64_t j = 0; j < d; ++j) {
             const int64_t column = cholesky.order[j], rows = j + 1 < cholesky.rank ? j + 1 : cholesky.rank;
-            for (int64_t k = 0; k < rows; ++k) factor[k * ld + column] = static_cast<T>(entry(k, j));
+            for (int64_t k = 0; k < rows; ++k) factor[k * ld + column] = static_cast<T>(cholesky.factor(k, j));
         }
     }
 
@@ -48,20 +48,16 @@ struct SampleFactor {
             for (int64_t c = 0; c < d; ++c) row[c] = t[k * ld + c];
             for (int64_t l = k + 1; l < cholesky.rank; ++l) {
                 const double* other = solved + l * d;
-                const double weight = entry(k, l);
+                const double weight = cholesky.factor(k, l);
                 for (int64_t c = 0; c < d; ++c) row[c] -= weight * other[c];
             }
-            const double reciprocal = 1 / entry(k, k);
+            const double reciprocal = 1 / cholesky.factor(k, k);
             T* out = image + cholesky.order[k] * ld;
             for (int64_t c = 0; c < d; ++c) out[c] = static_cast<T>(row[c] *= reciprocal);
         }
     }
 
   private:
-    double entry(int64_t k, int64_t j) const {
-        return cholesky.rows[k * cholesky.ld + j] * cholesky.deviation[cholesky.order[j]];
-    }
-
     void accumulate_gram(const CentredSample<T>& sample) {
         const int64_t wide = round_up(d, width<double>);
         std::memset(gram, 0, d * d * sizeof(double));

@@ -1,5 +1,5 @@
-"""``gaussian_wasserstein_from_samples``: W2^2 between the Gaussians fitted to two samples and its gradients, in one op
-(``csrc/cpu/gaussian.cpp``).
+"""``gaussian_wasserstein_from_samples``: W2^2 between the Gaussians fitted to two samples, with its gradients, in one
+op (``csrc/cpu/gaussian.cpp``).
 
 The gradients come with the value, for an incoming gradient of 1; one that is not needed is an empty tensor (0,).
 """
@@ -42,4 +42,5 @@ _library.register(
     "-> (Tensor, Tensor, Tensor)",
     _fake,
     _cpu,
+    triton="gaussian_wasserstein:from_samples",
 )

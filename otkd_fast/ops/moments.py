@@ -103,10 +103,12 @@ _library.register(
     "feature_moments_fwd(Tensor x, int[] dim, int[] grid, bool unbiased, float eps) -> (Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    triton="moments:feature_moments_fwd",
 )
 _library.register(
     "feature_moments_bwd(Tensor x, Tensor? grad_mean, Tensor? grad_std, int[] dim, int[] grid, bool unbiased, "
     "float eps) -> Tensor",
     _bwd_fake,
     _bwd_cpu,
+    triton="moments:feature_moments_bwd",
 )

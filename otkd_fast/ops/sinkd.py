@@ -68,4 +68,5 @@ _library.register(
     "bool need_rows, bool need_columns) -> (Tensor, Tensor, Tensor)",
     _fake,
     _cpu,
+    triton="sinkd:sinkd_value_and_grad",
 )

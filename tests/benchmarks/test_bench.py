@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench import measure, report, run, scaling, sinkd, sinkhorn_dense, sinkhorn_shared  # noqa: E402
+from bench import gaussian, matrix_roots, measure, report, run, scaling, sinkd, sinkhorn_dense, sinkhorn_shared  # noqa: E402
 from bench.family import Peer  # noqa: E402
 
 SMALL = "8x4"
@@ -66,6 +66,38 @@ def test_peers_solve_the_problem_that_they_claim_to_solve(family):
         assert result["value_error"] < 1e-5 and result["gradient_error"] < 1e-3
         checked += 1
     assert checked >= 2
+
+
+NEW_FAMILIES = {
+    "sqrtm": (matrix_roots.ROOTS, "3x6"),
+    "polar": (matrix_roots.NORMS, "3x6"),
+    "gaussian": (gaussian.DISTANCES, "2x5x8"),
+    "moments": (gaussian.MOMENTS, "2x3x5x5 grid 2"),
+    "moments of the batch": (gaussian.MOMENTS, "8x3 batch"),
+}
+
+
+@pytest.mark.parametrize("family", NEW_FAMILIES)
+def test_peers_of_matrix_problems_keep_to_their_limits(family):
+    """check() raises beyond them; ours has those of everybody."""
+    family, size = NEW_FAMILIES[family]
+    problem = family.problem(size)
+    assert ours(family).max_errors is None
+    checked = 0
+    for peer in family.peers:
+        try:
+            function = peer.build(size)
+        except ImportError:
+            continue
+        measure.check(peer, function, problem.expected, problem.inputs)
+        checked += 1
+    assert checked >= 2
+
+
+def test_a_peer_without_a_gradient_is_timed_forward():
+    peers = (ours(matrix_roots.ROOTS), Peer("half", "half", ours(matrix_roots.ROOTS).build, forward_only=True))
+    results = measure.measure(matrix_roots.root_problem("2x3"), peers, "2x3", seconds=0.02)
+    assert results["half"]["forward_ms"] > 0 and "forward_backward_ms" not in results["half"]
 
 
 def made_up_report():

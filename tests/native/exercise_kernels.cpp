@@ -141,6 +141,8 @@ void sinkd(const Shape& s, int threads, double epsilon) {
     check_finite(grad_columns, "sinkd grad_columns");
 }
 
+#include "exercise_matrices.h"
+
 template <class T>
 void exercise(const Shape& shape, int threads) {
     for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
@@ -168,6 +170,8 @@ int main() {
                 exercise<float>(shape, threads);
                 exercise<double>(shape, threads);
             }
+            exercise_matrices<float>(threads);
+            exercise_matrices<double>(threads);
         }
         std::printf("%s ok\n", set.c_str());
     }

@@ -24,7 +24,16 @@ def test_kernels_are_clean(sanitizer, tmp_path):
     flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
     flags += ["-Wno-psabi", f"-I{ROOT / 'csrc' / 'include'}"]
     objects = []
-    for name in ("cost_matrix", "polar", "sinkhorn", "sinkhorn_points", "sinkhorn_shared", "sqrtm"):
+    for name in (
+        "cost_matrix",
+        "gaussian",
+        "moments",
+        "polar",
+        "sinkhorn",
+        "sinkhorn_points",
+        "sinkhorn_shared",
+        "sqrtm",
+    ):
         for isa, march in MARCH.items():
             objects.append(tmp_path / f"{name}_{isa}.o")
             source = ROOT / "csrc" / "cpu" / f"{name}.cpp"

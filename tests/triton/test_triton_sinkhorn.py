@@ -124,9 +124,7 @@ def test_initial_potentials(form, generator):
 def test_a_row_that_cannot_be_served(form, update_first, generator):
     cost, a, b = random_problem(3, 4, generator=generator)
     cost[1] = torch.inf
-    result = otkd_fast.sinkhorn(
-        cost, a, b, epsilon=0.2, num_iters=2, update_first=update_first, backend="triton"
-    )
+    result = otkd_fast.sinkhorn(cost, a, b, epsilon=0.2, num_iters=2, update_first=update_first, backend="triton")
     expected = reference.sinkhorn(cost, a, b, epsilon=0.2, num_iters=2, update_first=update_first)
     assert result.f[1] == -torch.inf
     torch.testing.assert_close(result.marginal_error, expected.marginal_error)
