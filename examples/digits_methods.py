@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from otkd_fast import losses
 
-TEACHER_EPOCHS, STUDENT_EPOCHS, STUDENT_ROWS = 20, 60, 128
+TEACHER_EPOCHS, STUDENT_EPOCHS, STUDENT_ROWS = 20, 100, 128
 TEACHER_CHANNELS, STUDENT_CHANNELS = (32, 64), (4, 8)
 TUNING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 FIRST_TUNING_SEED = 1000
@@ -55,8 +55,8 @@ class Network(nn.Module):
         super().__init__()
         first, second = channels
         self.body = nn.Sequential(
-            nn.Conv2d(1, first, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(first, second, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(1, first, 3, padding=1), nn.BatchNorm2d(first), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(first, second, 3, padding=1), nn.BatchNorm2d(second), nn.ReLU(),
         )  # fmt: skip
         self.project = nn.Conv2d(second, project, 1) if project else nn.Identity()
         self.head = nn.Linear(second, 10)
@@ -156,7 +156,7 @@ def train_student(
     student = Network(STUDENT_CHANNELS, project=TEACHER_CHANNELS[1])
     distil = METHODS[name].build(taught.features[:STUDENT_ROWS], few.train_y)
     trained = [*student.parameters(), *getattr(distil, "parameters", ())]  # WCoRD has embeddings and a critic
-    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    optimizer = torch.optim.Adam(trained, lr=5e-3)
     steps = list(batches(few, epochs, seed))
     times = []
     for k, rows in enumerate(steps):
@@ -191,6 +191,8 @@ def compare(settings: dict[str, tuple[str, float]], seeds: range, quick: bool, v
         progress.step()
         with torch.no_grad():
             taught = teacher(data.train_x)
+            scale = taught.maps.std()  # the losses on features see numbers of order 1
+            taught = Outputs(taught.maps / scale, taught.features / scale, taught.logits)
         for label, (name, weight) in settings.items():
             student, step_ms = train_student(data, taught, name, weight, student_epochs, seed)
             results[label]["accuracy"].append(accuracy(student, data))
