@@ -207,7 +207,8 @@ def _metric_cases(dtype: torch.dtype, metric: str) -> list[AotCase]:
             cases.append(AotCase(
                 f"backward {what} {d}", backward_kernel,
                 sides | {"cost": kind, "grad_cost": kind, "out": data} | ints | steps,
-                flags | soft | tiles, num_warps=warps, may_spill=d > 128 or metric == "cosine", quick=d == 128 and metric == "l1" and dtype == torch.float32,
+                flags | soft | tiles, num_warps=warps, may_spill=d > 128 or metric == "cosine",
+                quick=d == 128 and metric == "l1" and dtype == torch.float32,
             ))  # fmt: skip
         one = {"shift": kind, "factor": kind}
         if softmax or metric == "cosine":
