@@ -67,7 +67,8 @@ def tiles(
     kind = {-1: "", 0: " l1", 1: " l2", 2: " square"}[metric if metric != NO_METRIC else -1]
     what = f"{kernel_name}{kind} {SIGNATURE_DTYPES[dtype]}"
     spills = kernel_name == "columns' gradient"  # two transposes a block
-    return case(what, kernel, dtype, {"DATA": TL_DTYPES[dtype]} | constants | sizes, large.LAUNCH, absent, may_spill=spills)
+    constants = {"DATA": TL_DTYPES[dtype]} | constants | sizes
+    return case(what, kernel, dtype, constants, large.LAUNCH, absent, may_spill=spills)
 
 
 NO_METRIC = -2
