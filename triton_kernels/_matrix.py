@@ -20,7 +20,7 @@ LARGEST = 64  # rows and columns of a matrix that one program holds
 def tiles(n: int) -> dict[str, int]:
     """Padded size and warps. One stage: a load must not overtake the barrier in front of it."""
     size = power_of_2(n, 16)
-    return {"N": size, "num_warps": {16: 1, 32: 4, 64: 8}[size], "num_stages": 1}
+    return {"N": size, "num_warps": {16: 2, 32: 4, 64: 8}[size], "num_stages": 1}
 
 
 def scratch_of(problems: int, n: int, like: Tensor) -> Tensor:

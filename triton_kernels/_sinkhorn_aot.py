@@ -66,7 +66,9 @@ def tiles(
     sizes = {"METRIC": metric, "BN": rows, "BM": columns} if metric != NO_METRIC else {"BN": rows, "BM": columns}
     kind = {-1: "", 0: " l1", 1: " l2", 2: " square"}[metric if metric != NO_METRIC else -1]
     what = f"{kernel_name}{kind} {SIGNATURE_DTYPES[dtype]}"
-    return case(what, kernel, dtype, {"DATA": TL_DTYPES[dtype]} | constants | sizes, large.LAUNCH, absent)
+    spills = kernel_name == "columns' gradient"  # two transposes a block
+    constants = {"DATA": TL_DTYPES[dtype]} | constants | sizes
+    return case(what, kernel, dtype, constants, large.LAUNCH, absent, may_spill=spills)
 
 
 NO_METRIC = -2

@@ -198,7 +198,7 @@ def _metric_cases(dtype: torch.dtype, metric: str) -> list[AotCase]:
                 sides | {"out": kind, "problems": "i32", "length": "i32"} | ints,
                 flags | soft | {"KNOWN": metric == "cosine" or pairs > 1, "WHOLE": pairs == 1}
                 | {"BI": tiles["BI"], "BJ": tiles["BJ"]},
-                num_warps=tiles["num_warps"], quick=softmax and metric == "l1" and not double,
+                num_warps=tiles["num_warps"], may_spill=pairs > 1, quick=softmax and metric == "l1" and not double,
             ))  # fmt: skip
         for d in (128, 512) if softmax else (1024,):
             tiles = _backward_tiles(d, softmax)
@@ -207,7 +207,8 @@ def _metric_cases(dtype: torch.dtype, metric: str) -> list[AotCase]:
             cases.append(AotCase(
                 f"backward {what} {d}", backward_kernel,
                 sides | {"cost": kind, "grad_cost": kind, "out": data} | ints | steps,
-                flags | soft | tiles, num_warps=warps, quick=d == 128 and metric == "l1" and dtype == torch.float32,
+                flags | soft | tiles, num_warps=warps, may_spill=d > 128 or metric == "cosine",
+                quick=d == 128 and metric == "l1" and dtype == torch.float32,
             ))  # fmt: skip
         one = {"shift": kind, "factor": kind}
         if softmax or metric == "cosine":
