@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo now
 def exact_plan(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The optimal plan of one problem as its non-zero entries; waits for the device and solves in float64.
 
@@ -29,7 +29,7 @@ def exact_plan(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tens
     return index[0], index[1], torch.from_numpy(np.ascontiguousarray(mass)).to(cost.device, cost.dtype)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo now
 def class_assignment(cost: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
     """For each row its partner in an optimal matching within each class; waits for the device.
 
