@@ -5,6 +5,7 @@ TORCH  ?= 2.13.0
 VENV   ?= .venv
 RUFF   ?= 0.17.5
 ARGS   ?=
+WORKERS ?= auto
 CUDA   ?=
 ARCHS  ?= all
 
@@ -24,10 +25,10 @@ export PYTHONSAFEPATH = 1
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) ARGS= (more arguments for pytest, the demo or the benchmark)"
+	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) WORKERS=$(WORKERS) ARGS= (more arguments for pytest, the demo or the benchmark)"
 
 test: $(VENV)/.test ## run the tests, e.g. make test ARGS='-k sinkhorn'; ARGS='-m slow' for the slow ones
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 demo: $(VENV)/.demo ## distill a student on handwritten digits; table, plot and report in out/
 	$(BIN)/python examples/distill_digits.py $(ARGS)

@@ -1,5 +1,6 @@
 """Builds the CUDA half of the core for the host: csrc/cuda/*.cu as C++ on tests/cuda/emulator.h, cached by content."""
 
+import fcntl
 import hashlib
 import importlib.util
 import shutil
@@ -53,7 +54,17 @@ def content():
 
 
 def emulated_module(cache: Path):
-    """The module, built into `cache` unless it is there."""
+    """The module, built into `cache` unless it is there; several test processes build it once."""
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = _built(cache)
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _built(cache: Path) -> Path:
     library = cache / (content() + sysconfig.get_config_var("EXT_SUFFIX"))
     if not library.exists():
         old = list(cache.glob("*" + sysconfig.get_config_var("EXT_SUFFIX")))
@@ -66,7 +77,4 @@ def emulated_module(cache: Path):
             built.replace(library)
         for path in old:
             path.unlink(missing_ok=True)
-    spec = importlib.util.spec_from_file_location(NAME, library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return library
