@@ -66,7 +66,7 @@ def tiles(
     sizes = {"METRIC": metric, "BN": rows, "BM": columns} if metric != NO_METRIC else {"BN": rows, "BM": columns}
     kind = {-1: "", 0: " l1", 1: " l2", 2: " square"}[metric if metric != NO_METRIC else -1]
     what = f"{kernel_name}{kind} {SIGNATURE_DTYPES[dtype]}"
-    spills = kernel_name == "columns' gradient"  # two transposes a block
+    spills = kernel_name in ("columns' gradient", "cost gradient")  # a few bytes on one architecture
     constants = {"DATA": TL_DTYPES[dtype]} | constants | sizes
     return case(what, kernel, dtype, constants, large.LAUNCH, absent, may_spill=spills)
 
