@@ -15,7 +15,9 @@ class Peer:
     """One way of computing a case. `build(size)` returns a function of the two inputs, or raises ImportError.
 
     `same_answer` False: it solves a neighbouring problem (`note` says which), so its result in float32 is checked
-    against its own in float64. `sizes`: where it is measured; None is everywhere.
+    against its own in float64. `sizes`: where it is measured; None is everywhere. `max_errors`: relative errors of
+    value and gradient that are accepted of it, where its method has larger ones (`note` says why); None: those of
+    everybody. `forward_only`: it has no gradient.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Peer:
     same_answer: bool = True
     note: str = ""
     sizes: tuple[str, ...] | None = None
+    max_errors: tuple[float, float] | None = None
+    forward_only: bool = False
 
 
 @dataclass(frozen=True)

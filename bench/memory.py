@@ -17,6 +17,7 @@ from . import sinkhorn_shared
 from .measure import forward_backward
 
 WKD_BATCH, WKD_CLASSES, WKD_ITERS = 256, 1000, 10
+POINTS, FEATURES, POINTS_ITERS = 50_000, 16, 3
 
 
 def _wkd(build: Callable) -> tuple:
@@ -25,13 +26,23 @@ def _wkd(build: Callable) -> tuple:
     return build(sinkhorn_shared.class_cost(WKD_CLASSES)), student.requires_grad_(), teacher
 
 
+def _points(gradient: str) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(POINTS, FEATURES, generator=generator) for _ in range(2))
+    options = {"metric": "sqeuclidean", "epsilon": 8.0, "num_iters": POINTS_ITERS, "gradient": gradient}
+    return lambda x, y: otkd_fast.sinkhorn_points(x, y, **options).regularized_cost, x.requires_grad_(), y
+
+
 CASES = {
     "wkd otkd_fast": lambda: _wkd(lambda cost: sinkhorn_shared.mean_cost(otkd_fast.sinkhorn, cost, WKD_ITERS)),
     "wkd matrix products, PyTorch": lambda: _wkd(lambda cost: sinkhorn_shared.matrix_products(cost, WKD_ITERS)),
     "wkd released form": lambda: _wkd(lambda cost: sinkhorn_shared.released(cost, WKD_ITERS)),
+    "points otkd_fast, unrolled gradient": lambda: _points("unroll"),
+    "points otkd_fast, envelope gradient": lambda: _points("envelope"),
 }
 TITLES = {
     "wkd": f"WKD-L, B = {WKD_BATCH}, n = {WKD_CLASSES}, {WKD_ITERS} iterations",
+    "points": f"Sinkhorn between points, n = m = {POINTS}, d = {FEATURES}, {POINTS_ITERS} iterations",
 }
 
 
@@ -52,10 +63,13 @@ def _run(name: str, threads: int) -> dict:
     return {"case": name, "peak_mb": _status("VmHWM") - before}
 
 
-def measure_all(threads: int = 2) -> list[dict]:
-    """One row a case: {"case": name, "peak_mb": MB above the inputs}, or {"case": name, "skipped": why}."""
+def measure_all(threads: int = 2, names: list[str] | None = None) -> list[dict]:
+    """One row a case: {"case": name, "peak_mb": MB above the inputs}, or {"case": name, "skipped": why}.
+
+    `names`: of these cases only.
+    """
     rows = []
-    for name in CASES:
+    for name in CASES if names is None else names:
         command = [sys.executable, "-m", "bench.memory", name, "--threads", str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from . import scaling
 from .family import Family
 from .memory import TITLES as MEMORY_TITLES
 from .run import FAMILIES, RESULTS
@@ -163,6 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="gets some of the tables")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md", help="gets all of them")
     parser.add_argument("--scaling", type=Path, default=SCALING, help="file written by bench.scaling, if it is there")
+    parser.add_argument("--plot", type=Path, default=scaling.PLOT, help="gets their plot")
     parser.add_argument("--numerics", type=Path, default=ROOT / "docs" / "numerics.md", help="gets the exponents")
     options = parser.parse_args(arguments)
     report = json.loads(options.json.read_text())
@@ -171,8 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
         update(options.readme, markdown(report, README_OPS), source)
         update(options.docs, markdown(report), source)
         if options.scaling.exists():
-            scaling = scaling_markdown(json.loads(options.scaling.read_text()))
-            update(options.numerics, scaling, f"bench/results/{options.scaling.name}", "bench.scaling")
+            sweeps = json.loads(options.scaling.read_text())
+            update(options.numerics, scaling_markdown(sweeps), f"bench/results/{options.scaling.name}", "bench.scaling")
+            scaling.draw(options.plot, sweeps["sweeps"])
     else:
         print(markdown(report))
 

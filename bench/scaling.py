@@ -62,6 +62,12 @@ def shared(batch: int, n: int, num_iters: int, backward: bool) -> Callable[[], o
     return call
 
 
+def points(n: int, num_iters: int, storage: str) -> Callable[[], object]:
+    x, y = _random(n, 64), _random(n, 64).flip(0)
+    options = {"metric": "sqeuclidean", "epsilon": 1.0, "num_iters": num_iters, "storage": storage}
+    return lambda: otkd_fast.sinkhorn_points(x, y, **options).transport_cost
+
+
 def cost_l1(n: int, d: int) -> Callable[[], object]:
     x, y = _random(n, d), _random(n, d)
     return lambda: otkd_fast.cost_matrix(x, y, metric="l1")
@@ -73,11 +79,16 @@ SWEEPS = (
     Sweep("dense, forward and backward", "n", (64, 128, 256, 512, 1024, 2048), lambda n: dense(1, n, 20, True), 2),
     Sweep("shared cost, forward", "n", (64, 128, 256, 512, 1024), lambda n: shared(64, n, 20, False), 2),
     Sweep("shared cost, forward and backward", "n", (64, 128, 256, 512, 1024), lambda n: shared(64, n, 20, True), 2),
+    Sweep("points, d = 64, stored, forward", "n", (128, 256, 512, 1024, 2048), lambda n: points(n, 20, "stored"), 2),
+    Sweep(
+        "points, d = 64, streamed, forward", "n", (128, 256, 512, 1024, 2048), lambda n: points(n, 20, "streamed"), 2
+    ),
     Sweep("dense 64 x 64, forward", "B", (4, 16, 64, 256, 1024), lambda batch: dense(batch, 64, 20, False), 1),
     Sweep("shared 256 x 256, forward", "B", (4, 16, 64, 256, 1024), lambda batch: shared(batch, 256, 20, False), 1),
     Sweep("dense 512 x 512, forward", "T", (5, 10, 20, 40, 80, 160), lambda t: dense(1, 512, t, False), 1),
     Sweep("dense 512 x 512, forward and backward", "T", (5, 10, 20, 40, 80), lambda t: dense(1, 512, t, True), 1),
     Sweep("shared 256 x 256 x 64, forward", "T", (5, 10, 20, 40, 80, 160), lambda t: shared(64, 256, t, False), 1),
+    Sweep("points 512 x 512, streamed, forward", "T", (5, 10, 20, 40, 80), lambda t: points(512, t, "streamed"), 1),
 )
 
 
@@ -120,7 +131,8 @@ def draw(path: Path, rows: list[dict]) -> None:
             floor = [times[-1] * (value / values[-1]) ** row["exponent_of_operations"] for value in values]
             panel.loglog(values, floor, ":", color=line.get_color())
         panel.set_xlabel(variable)
-        panel.legend(fontsize=7, title="fitted exponent", title_fontsize=7)
+        if panel.lines:
+            panel.legend(fontsize=7, title="fitted exponent", title_fontsize=7)
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("ms")
     figure.savefig(path, dpi=120)

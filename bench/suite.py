@@ -23,6 +23,8 @@ def size_and_peer(family: Family) -> list:
 def run(benchmark, problem: Problem, peer: Peer, size: str, direction: str, group: str) -> None:
     """Skips where the peer is not installed, fails where its answer is wrong, else times one direction."""
     torch.set_num_threads(THREADS)
+    if peer.forward_only and direction != "forward":
+        pytest.skip(f"{peer.name}: has no gradient")
     try:
         function = peer.build(size)
     except ImportError as error:

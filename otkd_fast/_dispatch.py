@@ -32,9 +32,29 @@ OPS = (
 
 # ops that have kernels and a public function that uses them, by backend; the reference has all
 KERNELS = {
-    "cpu": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkhorn_points", "sinkd"),
+    "cpu": (
+        "cost_matrix",
+        "sinkhorn",
+        "sinkhorn_shared",
+        "sinkhorn_ragged",
+        "sinkhorn_points",
+        "sinkd",
+        "polar",
+        "sqrtm",
+        "gaussian_wasserstein",
+        "feature_moments",
+    ),
     "cuda": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkd"),
-    "triton": (),
+    "triton": (
+        "cost_matrix",
+        "sinkhorn",
+        "sinkhorn_shared",
+        "sinkhorn_points",
+        "sinkd",
+        "polar",
+        "gaussian_wasserstein",
+        "feature_moments",
+    ),
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"
@@ -88,7 +108,8 @@ def _choices() -> dict[tuple[str, str, str], str]:
         for device_type, order in _PREFERENCE.items():
             working = [name for name in order if _reason(op, name, device_type) is None]
             table[op, device_type, "auto"] = working[0]
-            table.update({(op, device_type, name): name for name in working})
+            named = [name for name in NAMES[1:] if _reason(op, name, device_type) is None]
+            table.update({(op, device_type, name): name for name in named})
     return table
 
 

@@ -11,20 +11,29 @@ from torch import Tensor
 
 import otkd_fast
 from otkd_fast import _dispatch, _native
-from otkd_fast.testing import assert_close
+from otkd_fast.testing import assert_close, assert_norm_close, covariance, tolerance
 
 BACKENDS = _dispatch.NAMES[1:]
 
 DTYPES = (torch.float32, torch.float64)
 
-# the rows of the table of tolerances by which the value of an op below is judged; its gradient: (op, "gradient")
+# the rows of the table of tolerances by which the value of an op below is judged
 JUDGED_AS = {
     "cost_matrix": ("cost_matrix", "value"),
     "sinkhorn": ("sinkhorn", "regularized_cost"),
     "sinkhorn_shared": ("sinkhorn", "regularized_cost"),
+    "sinkhorn_ragged": ("sinkhorn", "regularized_cost"),
     "sinkhorn_points": ("sinkhorn", "regularized_cost"),
     "sinkd": ("sinkhorn", "transport_cost"),
+    "polar": ("polar", "nuclear_norm"),
+    "sqrtm": ("sqrtm", "residual"),
+    "gaussian_wasserstein": ("gaussian_wasserstein", "gradient"),
+    "feature_moments": ("feature_moments", "std"),
 }
+# and its gradient, where that is not (op, "gradient")
+GRADIENTS_JUDGED_AS = {"polar": "factor"}
+# judged by norms: a small entry of a matrix is as uncertain as a large one
+BY_NORM = ("polar", "sqrtm", "gaussian_wasserstein")
 
 
 def report() -> dict:
@@ -103,12 +112,20 @@ def _compare(op: str, call: Callable, inputs: list[Tensor], backend: str, device
     errors = [_relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
     row = {"forward": errors[0], "gradient": max(errors[1:]), "ok": True, "error": None}
     try:
-        assert_close(actual[0], expected[0], table_op, quantity)
+        _assert_close(actual[0], expected[0], table_op, quantity)
         for a, e in zip(actual[1:], expected[1:], strict=True):
-            assert_close(a, e, table_op, "gradient")
+            _assert_close(a, e, table_op, GRADIENTS_JUDGED_AS.get(table_op, "gradient"))
     except AssertionError as error:
         row |= {"ok": False, "error": str(error).strip()}
     return row
+
+
+def _assert_close(actual: Tensor, expected: Tensor, op: str, quantity: str) -> None:
+    if op in BY_NORM:
+        lines = [tensor.reshape(len(tensor), 1, -1) for tensor in (actual, expected)]
+        assert_norm_close(*lines, max(tolerance(op, quantity, actual.dtype)), context=f"{op} {quantity}")
+    else:
+        assert_close(actual, expected, op, quantity)
 
 
 def _value_and_gradients(call: Callable, inputs: list[Tensor], backend: str, device: str) -> list[Tensor]:
@@ -159,13 +176,45 @@ def _cases() -> Iterator[tuple[str, str, Callable, Callable]]:
         result = otkd_fast.sinkhorn_points(x, y, **options)
         return result.transport_cost + result.regularized_cost
 
+    def matrices(d: int) -> Callable:
+        return lambda: [covariance("geometric 1e2", d, generator=torch.Generator().manual_seed(4), batch=(3,))]
+
+    def root(A: Tensor, backend: str) -> Tensor:
+        return otkd_fast.sqrtm(A, backend=backend)
+
+    def samples(n: int, m: int, d: int) -> Callable:
+        generator = torch.Generator().manual_seed(5)
+        sides = [torch.randn(3, rows, d, generator=generator, dtype=torch.float64) for rows in (n, m)]
+        return lambda: [sides[0], 2 * sides[1]]
+
+    def distance(x: Tensor, y: Tensor, backend: str) -> Tensor:
+        return otkd_fast.gaussian_wasserstein_from_samples(x, y, backend=backend)
+
+    def moments(x: Tensor, backend: str) -> Tensor:
+        return torch.stack(otkd_fast.feature_moments(x, dim=(1, 2), grid=2, unbiased=True, eps=1e-3, backend=backend))
+    def ragged(x: Tensor, y: Tensor, backend: str) -> Tensor:
+        rows, columns = (
+            torch.tensor(offsets, device=x.device) for offsets in ([0, 3, 7, 11, 14, 66], [0, 4, 6, 9, 12, 42])
+        )
+        options = {"metric": "sqeuclidean", "epsilon": 20.0, "num_iters": 20, "backend": backend}
+        points = x.flatten(0, 1), y.flatten(0, 1)
+        result = otkd_fast.sinkhorn_ragged(points, row_offsets=rows, column_offsets=columns, **options)
+        return result.transport_cost + result.regularized_cost
+
     for metric in ("l1", "l2", "sqeuclidean", "cosine"):
         yield "cost_matrix", metric, cost_matrix(metric, None), points
     yield "cost_matrix", "l1 of softmax", cost_matrix("l1", 2.0), points
     yield "sinkhorn", "unroll", sinkhorn, problem
     yield "sinkhorn_shared", "unroll", sinkhorn, shared_problem
+    yield "sinkhorn_ragged", "unroll", ragged, points
     yield "sinkhorn_points", "unroll", streamed, points
     yield "sinkd", "SinKD", lambda s, t, backend: otkd_fast.losses.sinkd(s, t, backend=backend), logits
+    yield "polar", "nuclear norm", lambda K, backend: otkd_fast.polar(K, backend=backend)[1], matrices(40)
+    yield "sqrtm", "d = 8", root, matrices(8)
+    yield "sqrtm", "d = 40", root, matrices(40)
+    yield "gaussian_wasserstein", "few samples", distance, samples(9, 12, 20)
+    yield "gaussian_wasserstein", "many samples", distance, samples(50, 40, 7)
+    yield "feature_moments", "2 x 2 windows", moments, lambda: [points()[0].reshape(2, 33, 37)]
 
 
 def text(report: dict) -> str:
@@ -210,10 +259,10 @@ def _availability_lines(availability: dict[str, dict[str, str | None]]) -> list[
 def _self_test_lines(report: dict) -> list[str]:
     if not report["self_test"]:
         return ["self-test      nothing to test: no compiled backend is available, the reference backend works"]
-    heading = f"{'self-test':15} {'case':14} {'backend':8} {'dtype':8} {'forward':>9} {'gradient':>9}"
+    heading = f"{'self-test':20} {'case':14} {'backend':8} {'dtype':8} {'forward':>9} {'gradient':>9}"
     lines = [f"{heading}   (max relative error)"]
     for row in report["self_test"]:
-        start = f"{row['op']:15} {row['case']:14} {row['backend']:8} {row['dtype']:8}"
+        start = f"{row['op']:20} {row['case']:14} {row['backend']:8} {row['dtype']:8}"
         if row["forward"] is not None:
             start += f" {row['forward']:9.1e} {row['gradient']:9.1e}  "
         lines.append(f"{start} {'ok' if row['ok'] else 'FAIL: ' + row['error']}")

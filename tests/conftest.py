@@ -9,6 +9,18 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--triton", action="store_true", help="run the tests on the Triton kernels, too (slow)")
+
+
+def pytest_configure(config):
+    if config.getoption("--triton"):
+        from otkd_fast.testing import backends, guarded
+
+        backends._TESTED.append("triton")
+        guarded.repair_rounding()
+
+
 @pytest.fixture(autouse=True)
 def seeded(request):
     """Seed from the test's name: the same numbers in any order and any selection."""

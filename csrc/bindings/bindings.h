@@ -33,8 +33,11 @@ auto with_type(int dtype, Body body) {
 void bind_cost_matrix(pybind11::module_& module);
 void bind_sinkhorn(pybind11::module_& module);
 void bind_sinkhorn_shared(pybind11::module_& module);
+void bind_sinkhorn_ragged(pybind11::module_& module);
 void bind_sinkhorn_points(pybind11::module_& module);
 void bind_sinkd(pybind11::module_& module);
+void bind_gaussian(pybind11::module_& module);
+void bind_moments(pybind11::module_& module);
 void bind_polar(pybind11::module_& module);
 void bind_sqrtm(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);  // where OTKD_FAST_WITH_CUDA is defined

@@ -84,8 +84,11 @@ PYBIND11_MODULE(_C, module) {
     bind_cost_matrix(module);
     bind_sinkhorn(module);
     bind_sinkhorn_shared(module);
+    bind_sinkhorn_ragged(module);
     bind_sinkhorn_points(module);
     bind_sinkd(module);
+    bind_gaussian(module);
+    bind_moments(module);
     bind_polar(module);
     bind_sqrtm(module);
 }

@@ -1,3 +1,4 @@
+#include "otkd_fast/masses.h"
 #include "sinkhorn_problems.h"
 
 namespace otkd_fast {
@@ -12,6 +13,7 @@ int64_t sinkhorn_workspace_bytes(const Problems& problems, int gradient) {
         using T = decltype(type);
         SinkhornArgs<T> args{};
         set_problems(args, problems);
+        args.together = many_small(args);
         if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
         return kernels().of<T>().sinkhorn_workspace_bytes(args, gradient >= 0);
     });
@@ -22,6 +24,7 @@ void sinkhorn_fwd(const Problems& problems, const Outputs& outputs) {
         using T = decltype(type);
         SinkhornArgs<T> args{};
         set_problems(args, problems);
+        args.together = many_small(args);
         set_outputs(args, outputs);
         kernels().of<T>().sinkhorn_fwd(args);
     });
@@ -32,6 +35,7 @@ void sinkhorn_bwd(const Problems& problems, int gradient, const Gradients& gradi
         using T = decltype(type);
         SinkhornArgs<T> args{};
         set_problems(args, problems);
+        args.together = many_small(args);
         args.gradient = static_cast<Gradient>(gradient);
         args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
         args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
@@ -44,12 +48,21 @@ void sinkhorn_bwd(const Problems& problems, int gradient, const Gradients& gradi
     });
 }
 
+// Without giving up the interpreter lock: it takes a microsecond.
+bool are_masses_right(int dtype, Address a, Address b, int64_t batch, int64_t n, int64_t m, double tolerance) {
+    if (dtype == static_cast<int>(DType::float32)) {
+        return masses_right(pointer<float>(a), pointer<float>(b), batch, n, m, tolerance);
+    }
+    return masses_right(pointer<double>(a), pointer<double>(b), batch, n, m, tolerance);
+}
+
 }  // namespace
 
 void bind_sinkhorn(pybind11::module_& module) {
     module.def("sinkhorn_workspace", &sinkhorn_workspace_bytes);
     module.def("sinkhorn_fwd", &sinkhorn_fwd);
     module.def("sinkhorn_bwd", &sinkhorn_bwd);
+    module.def("masses_right", &are_masses_right);
 }
 
 }  // namespace otkd_fast

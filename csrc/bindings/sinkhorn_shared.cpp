@@ -1,5 +1,7 @@
 #include "otkd_fast/sinkhorn_shared.h"
 
+#include <tuple>
+
 #include "bindings.h"
 
 namespace otkd_fast {
@@ -9,16 +11,17 @@ namespace {
 struct SharedCall {
     int dtype = 0, method = 0, keep = 0, gradient = 0, threads = 1;
     int64_t batch = 0, n = 0, m = 0, count = 0, num_iters = 0, apart_stride = 0;
+    bool cost_transposed = false;
     double epsilon = 0, tol = 0, relaxation = 1, penalty_a = 0, penalty_b = 0;
     Address cost = 0, a = 0, b = 0, initial_f = 0, initial_g = 0, problems = 0, workspace = 0;
-    Address blocks = 0, apart = 0, iterations = 0, methods = 0, left = 0;
+    Address blocks = 0, apart = 0, iterations = 0, methods = 0, kept_iterations = 0, left = 0;
     Address transport_cost = 0, regularized_cost = 0, f = 0, g = 0, marginal_error = 0;
     Address grad_transport_cost = 0, grad_regularized_cost = 0, grad_f = 0, grad_g = 0;
     Address grad_cost = 0, grad_a = 0, grad_b = 0;
 
     template <class T>
     SinkhornSharedArgs<T> args() const {
-        return {pointer<T>(cost), pointer<T>(a), pointer<T>(b), pointer<T>(initial_f), pointer<T>(initial_g),
+        return {pointer<T>(cost), cost_transposed, pointer<T>(a), pointer<T>(b), pointer<T>(initial_f), pointer<T>(initial_g),
                 pointer<int64_t>(problems), pointer<unsigned char>(workspace), batch, n, m, count, num_iters,
                 static_cast<Method>(method), static_cast<Keep>(keep), epsilon, tol, relaxation, penalty_a, penalty_b,
                 threads, pointer<T>(blocks), pointer<double>(apart), apart_stride, pointer<int64_t>(iterations),
@@ -36,8 +39,19 @@ struct SharedCall {
     int64_t forward() const {
         return with_type(dtype, [&](auto type) {
             using T = decltype(type);
-            return kernels().of<T>().sinkhorn_shared_fwd(args<T>());
+            const int64_t left_over = kernels().of<T>().sinkhorn_shared_fwd(args<T>());
+            keep_method();
+            return left_over;
         });
+    }
+    // What the backward asks first; who solves a problem that is left over writes over it.
+    void keep_method() const {
+        const int64_t* solved = pointer<int64_t>(problems);
+        for (int64_t k = 0; methods && k < count; ++k) {
+            const int64_t p = solved ? solved[k] : k;
+            pointer<double>(methods)[p] = method;
+            pointer<int64_t>(kept_iterations)[p] = pointer<int64_t>(iterations)[p];
+        }
     }
     void backward() const {
         with_type(dtype, [&](auto type) {
@@ -46,6 +60,15 @@ struct SharedCall {
         });
     }
 };
+
+// How many problems were solved in float, in double and by the dense solver.
+std::tuple<int64_t, int64_t, int64_t> count_methods(Address methods, int64_t batch) {
+    int64_t counts[3] = {};
+    for (int64_t p = 0; p < batch; ++p) {
+        for (int method = 0; method < 3; ++method) counts[method] += pointer<double>(methods)[p] == method;
+    }
+    return {counts[0], counts[1], counts[2]};
+}
 
 }  // namespace
 
@@ -71,7 +94,7 @@ void bind_sinkhorn_shared(pybind11::module_& module) {
          {std::pair{"cost", &Call::cost}, {"a", &Call::a}, {"b", &Call::b}, {"initial_f", &Call::initial_f},
           {"initial_g", &Call::initial_g}, {"problems", &Call::problems}, {"workspace", &Call::workspace},
           {"blocks", &Call::blocks}, {"apart", &Call::apart}, {"iterations", &Call::iterations}, {"methods", &Call::methods},
-          {"left", &Call::left},
+          {"kept_iterations", &Call::kept_iterations}, {"left", &Call::left},
           {"transport_cost", &Call::transport_cost}, {"regularized_cost", &Call::regularized_cost}, {"f", &Call::f},
           {"g", &Call::g}, {"marginal_error", &Call::marginal_error},
           {"grad_transport_cost", &Call::grad_transport_cost}, {"grad_regularized_cost", &Call::grad_regularized_cost},
@@ -79,6 +102,8 @@ void bind_sinkhorn_shared(pybind11::module_& module) {
           {"grad_a", &Call::grad_a}, {"grad_b", &Call::grad_b}}) {
         call.def_readwrite(name, field);
     }
+    call.def_readwrite("cost_transposed", &Call::cost_transposed);
+    module.def("sinkhorn_shared_methods", &count_methods);
     call.def("workspace_bytes", &Call::workspace_bytes);
     call.def("forward", &Call::forward);
     call.def("backward", &Call::backward);

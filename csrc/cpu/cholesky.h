@@ -1,11 +1,12 @@
 // Pivoted Cholesky factorisation of one symmetric positive semidefinite matrix, in double whatever the type of its entries.
 //
-//   D^-1 A D^-1 = P R^T R P^T,   D = diag(sqrt(A_ii)), R upper triangular, P the order of the pivots
+//   D^-1 A D^-1 = R^T R,   D = diag(sqrt(A_ii)),   row k of R is 0 in the columns of the pivots before it
 //
 // It works on the correlation matrix, takes the largest remaining pivot first and stops when that is not above kPivot<T> units of
 // rounding of T: below, the rounding of A's own entries decides. So the units of the variables do not matter, and a rank-deficient
 // matrix has a factor of fewer rows. In double, because then the factor of a float matrix, and all that is computed from it, has errors
-// of u sqrt(condition) and not of u condition. n^3 / 3 operations, rows in the lanes.
+// of u sqrt(condition) and not of u condition. Rows and columns stay where they are: `order` says which was the pivot of each row of R.
+// n^3 / 2 multiply-adds, rows in the lanes; what kBlock pivots take away from the other rows is subtracted at once.
 #pragma once
 #include <utility>
 
@@ -18,111 +19,162 @@ namespace OTKD_ISA {
 namespace {
 
 template <class T>
-constexpr double kPivot = sizeof(T) == sizeof(float) ? 1.0 : 8.0;
+constexpr double kPivot = sizeof(T) == sizeof(float) ? 0.25 : 8.0;
 // Entries of what is left beyond the rank found may be this many units; beyond, A is indefinite.
 template <class T>
-constexpr double kRest = 16 * kPivot<T>;
+constexpr double kRest = sizeof(T) == sizeof(float) ? 16.0 : 128.0;
 
 template <class T>
 struct Cholesky {
+    static constexpr int64_t kBlock = 32;
     int64_t n, ld;
-    double* rows;       // (n, ld): R from the diagonal on
-    double* deviation;  // (n,): sqrt(A_ii), in the order of A
+    double* left;       // (n, ld): what is left of the correlation matrix
+    double* rows;       // (n, ld): R
+    double* deviation;  // (ld,): sqrt(A_ii)
+    double* reciprocal; // (ld,): 1 / deviation, 0 for a variance of 0
     double* rest;       // (ld,): diagonal of what is left
-    double* column;     // (n,)
-    int64_t* order;     // (n,): row of A of each pivot
+    double* open;       // (ld,): 1 where there has been no pivot, else 0
+    int64_t* order;     // (n,): row of A of each pivot, then the other ones
     int64_t rank;
     double stray;       // largest entry beside a variance of 0
 
     Cholesky(int64_t size, Arena& memory)
-        : n(size), ld(round_up(size, 64 / sizeof(double))), rows(memory.take<double>(n * ld)),
-          deviation(memory.take<double>(n)), rest(memory.take<double>(ld)), column(memory.take<double>(n)),
-          order(memory.take<int64_t>(n)), rank(0), stray(0) {}
+        : n(size), ld(round_up(size, 64 / sizeof(double)) + 8), left(memory.take<double>(n * ld)),
+          rows(memory.take<double>(n * ld)), deviation(memory.take<double>(ld)), reciprocal(memory.take<double>(ld)),
+          rest(memory.take<double>(ld)), open(memory.take<double>(ld)), order(memory.take<int64_t>(n)), rank(0), stray(0) {}
+
+    // Entry (k, j) of R D, its columns in the order of the pivots
+    double factor(int64_t k, int64_t j) const { return rows[k * ld + order[j]] * deviation[order[j]]; }
 
     // A = (a + a^T) / 2 * 2^-exponent + shift I, as a correlation matrix
     void read(const T* a, int exponent, double shift) {
         const PowerOfTwo<double> scale(-exponent);
         stray = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            const double variance = a[i * n + i] * scale.first * scale.second + shift;
+        for (int64_t i = 0; i < ld; ++i) {
+            const double variance = i < n ? a[i * n + i] * scale.first * scale.second + shift : 0.0;
             deviation[i] = variance > 0 ? std::sqrt(variance) : 0.0;
-            rest[i] = variance > 0 ? 1.0 : 0.0;
-            order[i] = i;
+            reciprocal[i] = variance > 0 ? 1 / deviation[i] : 0.0;
+            rest[i] = open[i] = variance > 0 ? 1.0 : 0.0;
+        }
+        constexpr int64_t tile = 16;
+        for (int64_t i0 = 0; i0 < n; i0 += tile) {
+            for (int64_t j0 = 0; j0 <= i0; j0 += tile) read_tile(a, scale, i0, j0, i0 + tile < n ? i0 + tile : n, j0 + tile);
         }
         for (int64_t i = 0; i < n; ++i) {
-            double* row = rows + i * ld;
-            for (int64_t j = 0; j < i; ++j) {
-                const double product = deviation[i] * deviation[j];
-                const double mean = 0.5 * (a[i * n + j] * scale.first + a[j * n + i] * scale.first) * scale.second;
-                row[j] = rows[j * ld + i] = product > 0 ? mean / product : 0.0;
-                if (!(product > 0)) stray = std::fmax(stray, std::fabs(mean));
-            }
-            row[i] = rest[i];
-            for (int64_t j = n; j < ld; ++j) row[j] = 0;
+            for (int64_t j = n; j < ld; ++j) left[i * ld + j] = 0;
         }
-        for (int64_t j = n; j < ld; ++j) rest[j] = 0;
     }
 
-    Definiteness factorize() {
-        const double tolerance = kPivot<T> * std::numeric_limits<T>::epsilon();
+    Definiteness factorize(double tolerance = kPivot<T> * std::numeric_limits<T>::epsilon()) {
+        int64_t block = 0;
         for (rank = 0; rank < n; ++rank) {
-            int64_t best = rank;
-            for (int64_t j = rank + 1; j < n; ++j) best = rest[j] > rest[best] ? j : best;
-            if (!(rest[best] > tolerance)) break;
-            exchange(rank, best);
-            const double root = std::sqrt(rest[rank]);
-            reduce_row(rank);
+            const int64_t pivot = largest_rest();
+            if (!(rest[pivot] > tolerance)) break;
+            if (rank - block == kBlock) {
+                subtract(block, rank);
+                block = rank;
+            }
+            order[rank] = pivot;
             double* row = rows + rank * ld;
-            for (int64_t j = rank / width<double> * width<double>; j < ld; j += width<double>) {
-                const Vec<double> entry = load(row + j) / root;
+            reduce_row(pivot, block, rank, row);
+            const double root = std::sqrt(rest[pivot]);
+            open[pivot] = 0;
+            for (int64_t j = 0; j < ld; j += width<double>) {
+                const Vec<double> entry = load(row + j) * load(open + j) / root;
                 store(row + j, entry);
                 store(rest + j, load(rest + j) - entry * entry);
             }
-            row[rank] = root;
+            row[pivot] = root;
+            rest[pivot] = 0;
         }
         if (rank == n) return Definiteness::definite;
-        return rest_is_rounding() ? Definiteness::semidefinite : Definiteness::indefinite;
+        return rest_is_rounding(block) ? Definiteness::semidefinite : Definiteness::indefinite;
     }
 
   private:
-    void exchange(int64_t k, int64_t j) {
-        if (k == j) return;
-        std::swap(order[k], order[j]);
-        std::swap(rest[k], rest[j]);
-        for (int64_t c = 0; c < ld; ++c) std::swap(rows[k * ld + c], rows[j * ld + c]);
-        for (int64_t r = 0; r < n; ++r) std::swap(rows[r * ld + k], rows[r * ld + j]);
+    void read_tile(const T* a, const PowerOfTwo<double>& scale, int64_t i0, int64_t j0, int64_t i1, int64_t j1) {
+        for (int64_t i = i0; i < i1; ++i) {
+            for (int64_t j = j0; j < j1 && j < i; ++j) {
+                const double mean = 0.5 * (a[i * n + j] * scale.first + a[j * n + i] * scale.first) * scale.second;
+                const double weight = reciprocal[i] * reciprocal[j];
+                left[i * ld + j] = left[j * ld + i] = weight > 0 ? mean * weight : 0.0;
+                if (!(weight > 0)) stray = std::fmax(stray, std::fabs(mean));
+            }
+            if (i < j1) left[i * ld + i] = rest[i];
+        }
     }
 
-    // Row k of what is left after the rows before it, from the vector of the diagonal on
-    void reduce_row(int64_t k) {
+    int64_t largest_rest() const {
+        Vec<double> best = load(rest);
+        for (int64_t j = width<double>; j < ld; j += width<double>) best = max<double>(load(rest + j), best);
+        const double top = largest<double>(best);
+        int64_t j = 0;
+        while (j + 1 < n && rest[j] != top) ++j;
+        return j;
+    }
+
+    // out = row i of what is left, less the rows [begin, end) of R
+    void reduce_row(int64_t i, int64_t begin, int64_t end, double* out) const {
         constexpr int kVectors = 4;
-        const int64_t depth = k < rank ? k : rank;
-        for (int64_t m = 0; m < depth; ++m) column[m] = rows[m * ld + k];
-        int64_t j = k / width<double> * width<double>;
-        for (; j + kVectors * width<double> <= ld; j += kVectors * width<double>) reduce<kVectors>(k, j, depth);
-        for (; j < ld; j += width<double>) reduce<1>(k, j, depth);
+        int64_t j = 0;
+        for (; j + kVectors * width<double> <= ld; j += kVectors * width<double>) reduce<1, kVectors>(&i, begin, end, j, out, 0);
+        for (; j < ld; j += width<double>) reduce<1, 1>(&i, begin, end, j, out, 0);
     }
 
-    template <int kVectors>
-    void reduce(int64_t k, int64_t j, int64_t depth) {
-        Vec<double> acc[kVectors];
-        for (int v = 0; v < kVectors; ++v) acc[v] = load(rows + k * ld + j + v * width<double>);
-        for (int64_t m = 0; m < depth; ++m) {
-            const Vec<double> factor = splat(column[m]);
-            for (int v = 0; v < kVectors; ++v) {
-                acc[v] -= factor * load(rows + m * ld + j + v * width<double>);
+    // kVectors vectors from j on of the kRows rows of `left` that `which` names, less rows [begin, end) of R; to out + r * step
+    template <int kRows, int kVectors>
+    OTKD_INLINE void reduce(const int64_t* which, int64_t begin, int64_t end, int64_t j, double* out, int64_t step) const {
+        Vec<double> acc[kRows][kVectors];
+        for (int r = 0; r < kRows; ++r) {
+            for (int v = 0; v < kVectors; ++v) acc[r][v] = load(left + which[r] * ld + j + v * width<double>);
+        }
+        for (int64_t m = begin; m < end; ++m) {
+            const double* row = rows + m * ld;
+            Vec<double> entry[kVectors];
+            for (int v = 0; v < kVectors; ++v) entry[v] = load(row + j + v * width<double>);
+            for (int r = 0; r < kRows; ++r) {
+                const Vec<double> weight = splat(row[which[r]]);
+                for (int v = 0; v < kVectors; ++v) acc[r][v] -= weight * entry[v];
             }
         }
-        for (int v = 0; v < kVectors; ++v) store(rows + k * ld + j + v * width<double>, acc[v]);
+        for (int r = 0; r < kRows; ++r) {
+            for (int v = 0; v < kVectors; ++v) store((step ? out + which[r] * step : out) + j + v * width<double>, acc[r][v]);
+        }
     }
 
-    bool rest_is_rounding() {
-        double largest = stray;
-        for (int64_t k = rank; k < n; ++k) {
-            reduce_row(k);
-            for (int64_t j = k; j < n; ++j) largest = std::fmax(largest, std::fabs(rows[k * ld + j]));
+    // Takes the rows [begin, end) of R away from the rows that have not been pivots.
+    void subtract(int64_t begin, int64_t end) {
+        constexpr int kRows = OTKD_VECTOR_BYTES == 64 ? 6 : 3, kVectors = OTKD_VECTOR_BYTES == 64 ? 4 : 2;
+        int64_t which[kRows], count = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            if (open[i] > 0) which[count++] = i;
+            if (count < kRows && i + 1 < n) continue;
+            int64_t j = 0;
+            for (; count == kRows && j + kVectors * width<double> <= ld; j += kVectors * width<double>) {
+                reduce<kRows, kVectors>(which, begin, end, j, left, ld);
+            }
+            for (int64_t r = 0; r < count; ++r) {
+                for (int64_t rest_j = j; rest_j < ld; rest_j += width<double>) reduce<1, 1>(which + r, begin, end, rest_j, left, ld);
+            }
+            count = 0;
         }
-        return largest <= kRest<T> * std::numeric_limits<T>::epsilon();
+    }
+
+    // Completes the order, too.
+    bool rest_is_rounding(int64_t block) {
+        double most = stray;
+        int64_t last = rank;
+        for (int64_t i = 0; i < n; ++i) {
+            bool pivot = false;
+            for (int64_t k = 0; k < rank; ++k) pivot |= order[k] == i;
+            if (pivot) continue;
+            order[last++] = i;
+            if (!(open[i] > 0)) continue;
+            double* row = rows + rank * ld;
+            reduce_row(i, block, rank, row);
+            for (int64_t j = 0; j < n; ++j) most = std::fmax(most, open[j] > 0 ? std::fabs(row[j]) : 0.0);
+        }
+        return most <= kRest<T> * std::numeric_limits<T>::epsilon();
     }
 };
 

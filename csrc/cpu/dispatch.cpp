@@ -8,8 +8,11 @@ namespace {
 #define OTKD_FAST_KERNELS_OF(ISA)                                                                 \
     {ISA::cost_matrix_fwd,     ISA::cost_matrix_bwd,     ISA::sinkhorn_fwd,                       \
      ISA::sinkhorn_bwd,        ISA::sinkhorn_workspace_bytes,                                     \
+     ISA::sinkhorn_ragged_fwd, ISA::sinkhorn_ragged_bwd, ISA::sinkhorn_ragged_workspace_bytes,    \
      ISA::sinkhorn_shared_fwd, ISA::sinkhorn_shared_bwd, ISA::sinkhorn_shared_workspace_bytes,    \
      ISA::polar_fwd,           ISA::polar_workspace_bytes,                                        \
+     ISA::gaussian_samples,    ISA::gaussian_samples_workspace_bytes,                             \
+     ISA::feature_moments_fwd, ISA::feature_moments_bwd,                                          \
      ISA::sqrtm_fwd,           ISA::sqrtm_bwd,           ISA::sqrtm_workspace_bytes,              \
      ISA::sinkhorn_points_fwd, ISA::sinkhorn_points_bwd, ISA::sinkhorn_points_workspace_bytes,    \
      ISA::plan_apply,          ISA::plan_apply_bwd,      ISA::plan_apply_workspace_bytes}

@@ -6,7 +6,7 @@
 //
 //   X <- X + M X M,   M <- M M
 //
-// until the rest is below rounding, log2(upper / lower) / 2 + 4 times or so, 4 n^3 operations each. Nothing is divided by a
+// until |M|^4, which bounds what is left out, is below rounding: log2(upper / lower) / 2 + 3 times or so, 4 n^3 operations each. Nothing is divided by a
 // gap or a sum of eigenvalues, no rounding grows, and X is exactly symmetric.
 #pragma once
 #include "triangular.h"
@@ -20,19 +20,13 @@ struct Lyapunov {
     int64_t n;
     Panels<T> m, next, product, x;
     Cholesky<T> cholesky;
+    static constexpr int kMostDoublings = 60;
+    // |M|^4 after which the sum is done: what it leaves out, relative to X
+    static constexpr double kLeftOut = sizeof(T) == sizeof(float) ? 3e-8 : 1e-16;
 
     Lyapunov(int64_t size, Arena& memory) : n(size), cholesky(size, memory) {
         const int64_t rows = round_up(n, kPanel<T>);
         for (Panels<T>* piece : {&m, &next, &product, &x}) *piece = {memory.take<T>(rows * rows), rows};
-    }
-
-    // Doublings after which the terms left out are exp(-kDigits) of the sum
-    static int doublings(double ratio) {
-        const double digits = sizeof(T) == sizeof(float) ? 17 : 37;
-        const double root = std::sqrt(ratio), decay = -2 * std::log((1 - root) / (1 + root));
-        int count = 0;
-        for (double reached = decay; reached < digits; reached *= 2) ++count;
-        return count;
     }
 
     // x = X for 2^-exponent S and (G + G^T) / 2
@@ -54,15 +48,19 @@ struct Lyapunov {
         team.barrier();
         add_to_diagonal(m, n, T(1), team);
         team.barrier();
-        const int count = doublings(lower / upper);
-        for (int k = 0; k < count; ++k) {
+        for (int k = 0; k < kMostDoublings; ++k) {
+            const double size = squared_norm(m, n, T(0));  // by each thread: nothing to share
             multiply(x, m, product, n, n, FullDepth{n}, team, keep);
             team.barrier();
-            multiply_symmetric(m, product, x, n, FullDepth{n}, team,
+            // not into x, which it reads at the end of its sums
+            multiply_symmetric(m, product, next, n, FullDepth{n}, team,
                                [&](Vec<T> sum, int64_t at) { return load(x.data + at) + sum; });
-            if (k + 1 < count) multiply_symmetric(m, m, next, n, FullDepth{n}, team, keep);
             team.barrier();
-            std::swap(m, next);
+            std::swap(x, next);
+            if (size * size <= kLeftOut || !(size < std::numeric_limits<double>::infinity())) break;
+            multiply_symmetric(m, m, product, n, FullDepth{n}, team, keep);
+            team.barrier();
+            std::swap(m, product);
         }
     }
 

@@ -171,6 +171,15 @@ void mirror(const Panels<T>& c, int64_t i, int64_t j) {
     }
 }
 
+// The upper triangle of the block of kPanel rows at (i, i) from its lower one.
+template <class T>
+void mirror_diagonal(const Panels<T>& c, int64_t i) {
+    T* block = c.data + c.offset(i, i);
+    for (int r = 1; r < kPanel<T>; ++r) {
+        for (int s = 0; s < r; ++s) block[s * kPanel<T> + r] = block[r * kPanel<T> + s];
+    }
+}
+
 // C = A^T B where that is symmetric, (size, size); the caller waits for the team.
 template <class T, class Depth, class Finish>
 void multiply_symmetric(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t size, Depth depth,
@@ -186,6 +195,8 @@ void multiply_symmetric(const Panels<T>& a, const Panels<T>& b, const Panels<T>&
                 if (slice.empty()) continue;
                 tiles<T, true>(a, b, c, i, i + kPanel<T> < size ? i + kPanel<T> : size, p, lower, slice, finish);
                 for (int64_t s = p; slice.last && s < p + lower && s < q; ++s) mirror(c, i, s * kPanel<T>);
+                // of A^T A they come out symmetric
+                if (slice.last && q < p + lower && a.data != b.data) mirror_diagonal(c, i);
             }
         }
     }
@@ -270,6 +281,71 @@ double norm_bound(const Panels<T>& x, int64_t rows, int64_t columns, T* row_sums
     }
     const double product = static_cast<double>(top_row) * top_column;
     return kNormMargin * std::sqrt(product < squares ? product : squares);
+}
+
+// |A - shift I|^2, Frobenius, A (size, size).
+template <class T>
+double squared_norm(const Panels<T>& a, int64_t size, T shift) {
+    double total = 0;
+    for (int64_t p = 0; p < panels_of<T>(size); ++p) {
+        const T* panel = a.data + p * a.stride();
+        Vec<T> squares[kPanelVectors<T>] = {};
+        for (int64_t i = 0; i < size; ++i) {
+            for (int v = 0; v < kPanelVectors<T>; ++v) {
+                const Vec<T> entry = load(panel + i * kPanel<T> + v * width<T>);
+                squares[v] += entry * entry;
+            }
+        }
+        for (int v = 0; v < kPanelVectors<T>; ++v) total += sum<T>(squares[v]);
+    }
+    for (int64_t i = 0; shift != 0 && i < size; ++i) {
+        const double entry = a.at(i, i);
+        total += shift * (shift - 2 * entry);
+    }
+    return total;
+}
+
+// Estimate from below of the spectral norm of A (size, size) by power iteration; `scratch`: 18 * rows entries.
+template <class T>
+double norm_estimate(const Panels<T>& a, int64_t size, T* scratch) {
+    constexpr int kIterations = 6;
+    const int64_t panels = panels_of<T>(size), padded = panels * kPanel<T>;
+    T *v = scratch, *image = scratch + padded, *lanes = scratch + 2 * padded;
+    for (int64_t j = 0; j < padded; ++j) v[j] = static_cast<T>(j < size ? (j * 7919 % 13 < 6 ? 1 : -1) * (1 + 0.1 * (j % 7)) : 0);
+    double before = 0, after = 0;
+    for (int64_t j = 0; j < size; ++j) before += static_cast<double>(v[j]) * v[j];
+    double estimate = 0;
+    for (int round = 0; round < kIterations; ++round) {
+        const T unit = static_cast<T>(1 / std::sqrt(before));
+        for (int64_t j = 0; j < padded; ++j) v[j] *= unit;
+        std::memset(lanes, 0, size * kPanel<T> * sizeof(T));
+        for (int64_t p = 0; p < panels; ++p) {
+            const T* panel = a.data + p * a.stride();
+            for (int64_t k = 0; k < size * kPanel<T>; k += width<T>) {
+                store(lanes + k, load(lanes + k) + load(panel + k) * load(v + p * kPanel<T> + k % kPanel<T>));
+            }
+        }
+        after = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            T total = 0;
+            for (int l = 0; l < kPanel<T>; l += width<T>) total += sum<T>(load(lanes + i * kPanel<T> + l));
+            image[i] = total;
+            after += static_cast<double>(total) * total;
+        }
+        estimate = std::sqrt(after);
+        before = 0;
+        for (int64_t p = 0; p < panels; ++p) {
+            const T* panel = a.data + p * a.stride();
+            for (int l = 0; l < kPanel<T>; l += width<T>) {
+                Vec<T> acc = {};
+                for (int64_t i = 0; i < size; ++i) acc += splat(image[i]) * load(panel + i * kPanel<T> + l);
+                store(v + p * kPanel<T> + l, acc);
+                before += sum<T>(acc * acc);
+            }
+        }
+        if (!(before > 0)) break;
+    }
+    return estimate;
 }
 
 }  // namespace

@@ -334,6 +334,19 @@ OTKD_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
 }
 #endif
 
+// 1 / sqrt(x), error about one unit in the last place; x = 0 and infinite x may give NaN.
+template <class T>
+OTKD_INLINE Vec<T> reciprocal_sqrt(Vec<T> x) {
+    return T(1) / sqrt<T>(x);
+}
+#if defined(__AVX512F__)
+template <>
+OTKD_INLINE Vec<float> reciprocal_sqrt<float>(Vec<float> x) {
+    const Vec<float> y = (Vec<float>)_mm512_rsqrt14_ps((__m512)x);  // 14 bits, then one step of Newton
+    return y + y * (0.5f - 0.5f * x * y * y);
+}
+#endif
+
 // log(x) for x > 0, error about one unit in the last place (the scheme of fdlibm); what it gives elsewhere means nothing.
 OTKD_INLINE Vec<float> log(Vec<float> x) {
     const VecInt<float> subnormal = x < std::numeric_limits<float>::min();

@@ -38,6 +38,7 @@ struct Plan {
         solve.num_iters = args.num_iters;
         solve.keep = backward ? Keep::all : Keep::nothing;
         solve.gradient = Gradient::unroll;
+        solve.together = many_small(solve);
         solve.transport_cost = args.transport_cost;
         const int64_t entries = args.batch * args.n * args.m;
         cost.workspace = take<T>(args, cost_matrix_workspace(cost, backward));

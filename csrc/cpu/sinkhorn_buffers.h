@@ -142,9 +142,12 @@ struct SideOutputs {
     SideOutputs(int64_t count, const Penalty& penalty, const double* sums, T* potential, bool wants_dual, Mass mass_of,
                 Log log_scaling) {
         const bool potentials = potential || wants_dual || !penalty.constraint();
+        const bool relatives = wants_dual || !penalty.constraint();
+        double logged = 1, log_own = 0;  // masses are often all the same
         for (int64_t k = 0; k < count; ++k) {
             const double own = mass_of(k), phi = potentials ? log_scaling(k) : 0.0;
-            const double relative = potentials && own > 0 ? phi - std::log(own) : 0.0;
+            if (relatives && own > 0 && own != logged) log_own = std::log(logged = own);
+            const double relative = relatives && own > 0 ? phi - log_own : 0.0;
             error += std::fabs(sums[k] - (own > 0 ? own * penalty.kept(relative) : own));
             mass += own;
             if (potential) potential[k] = static_cast<T>(penalty.epsilon * phi);

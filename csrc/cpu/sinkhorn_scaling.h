@@ -16,7 +16,8 @@ namespace OTKD_ISA {
 namespace {
 
 enum ScalingSlots : int { kRowError, kColumnError, kOutOfRange = kColumnError + 2, kTransport };
-constexpr int64_t kSmallBytes = 40 * 1024;  // of the kernel and its transpose: they stay in the first-level cache
+constexpr int64_t kSmallBytes = 40 * 1024;   // of the kernel and its transpose: they stay in the first-level cache
+constexpr int64_t kTurnBytes = 1024 * 1024;  // of a kernel that no longer stays in the second-level cache
 
 template <class Rows>
 class Scaling {
@@ -58,6 +59,8 @@ class Scaling {
     void gradient_rows(int64_t i, int64_t count, const S* kernel, const Cost* cost, Cost* out, double of_transport,
                        double of_dual) const;
     void marginal_gradients(const Problem<T>& p);
+    // Whether pass `k` over the kernel goes backwards.
+    bool turned(int64_t k) const { return turns_ && k % 2 != 0; }
     void rows_of(const Team& team, int64_t& begin, int64_t& end) const {
         split(n_pad_, kBlock, team.size, team.rank, begin, end);
     }
@@ -81,7 +84,7 @@ class Scaling {
     const Args& args_;
     Rows rows_;
     const int64_t n_, m_, n_pad_, n_vec_, ld_;
-    const bool small_, plain_;  // plain: scalings are mass / sum
+    const bool small_, turns_, plain_;  // plain: scalings are mass / sum
     const double lambda_a_, lambda_b_;
     S *kernel_t_, *products_, *a_, *u_, *next_u_, *b_, *v_, *next_v_, *columns_, *partial_;
     double *level_a_, *log_u_, *next_log_u_, *level_b_, *log_v_;  // not plain: log u = level - lambda log sum
@@ -106,6 +109,7 @@ Scaling<Rows>::Scaling(const Args& args, Arena& arena, int threads, bool backwar
       n_vec_(round_up(args.n, 2 * width<S>)),
       ld_(round_up(args.m, 2 * width<S>)),
       small_(rows_.stored() && 2 * n_ * m_ * static_cast<int64_t>(sizeof(S)) <= kSmallBytes),
+      turns_(n_ * ld_ * static_cast<int64_t>(sizeof(S)) > threads * kTurnBytes),
       plain_(args.relaxation == 1 && args.penalty_a == kInfinity && args.penalty_b == kInfinity),
       lambda_a_(Penalty{args.penalty_a, args.epsilon}.lambda()),
       lambda_b_(Penalty{args.penalty_b, args.epsilon}.lambda()) {
@@ -210,7 +214,7 @@ double Scaling<Rows>::plan_error(const Problem<T>& p, const Team& team, int64_t 
     int64_t row0, row1;
     rows_of(team, row0, row1);
     double error = 0;
-    dot_sweep(rows_, ld_, v_, row0, row1, done % 2 != 0,
+    dot_sweep(rows_, ld_, v_, row0, row1, turned(done),
               [&](int64_t i, const S* sums) { error += row_error(p, i, kBlock, sums); });
     reduction_.put(team, kRowError, error);
     team.barrier();
@@ -234,7 +238,7 @@ bool Scaling<Rows>::iterate(const Problem<T>& p, const Team& team) {
         double error = 0;
         bool in_sweep = true;
         std::memset(sums, 0, ld_ * sizeof(S));
-        sweep(rows_, ld_, v_, sums, row0, row1, ran_ % 2 != 0, [&](int64_t i, const S* s) {
+        sweep(rows_, ld_, v_, sums, row0, row1, turned(ran_), [&](int64_t i, const S* s) {
             if (watching) error += row_error(p, i, kBlock, s);
             in_sweep &= update_rows(i, kBlock, s, control.omega());
             return next_u_ + i;
@@ -312,7 +316,7 @@ double Scaling<Rows>::plan_rows(const Team& team) {
     rows_of(team, begin, end);
     double transport_cost = 0;
     const Vec<S> zero = {};
-    for_blocks(begin, end < n_ ? end : n_, rows_.block(), ran_ % 2 != 0, [&](int64_t i0, int64_t count) {
+    for_blocks(begin, end < n_ ? end : n_, rows_.block(), turned(ran_), [&](int64_t i0, int64_t count) {
         const S* k = rows_.kernel(i0, count);
         const Cost* row = rows_.cost(i0, count);
         for (int64_t i = i0; i < i0 + count; ++i, k += ld_, row += m_) {

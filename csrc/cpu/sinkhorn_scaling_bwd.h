@@ -119,7 +119,7 @@ void Scaling<Rows>::adjoint_loop(const Problem<T>& p, const Team& team) {
         std::memset(sums, 0, ld_ * sizeof(S));
         team.barrier();
         const bool last = k == steps_ - 1;
-        sweep(rows_, ld_, w, sums, row0, row1, k % 2 != 0, [&](int64_t i, const S* s) {
+        sweep(rows_, ld_, w, sums, row0, row1, turned(k), [&](int64_t i, const S* s) {
             for (int64_t r = i; r < i + kBlock; ++r) {
                 const S u = r < n_ ? step.u[r] : S(0), bar = (last ? phi_bar_[r] : S(0)) - u * s[r - i];
                 sum_phi_[r] += bar;

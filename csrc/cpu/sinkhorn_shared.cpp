@@ -60,7 +60,7 @@ class SharedSolver {
         parallel(threads_, [&](const Team& team) {
             S* own = args_.grad_cost ? outer + team.rank * outer_entries() : nullptr;
             if (own) std::memset(own, 0, outer_entries() * sizeof(S));
-            kernel.start(team, kInfinity);
+            kernel.start(team, kInfinity, args_.gradient == Gradient::unroll || args_.gradient == Gradient::last_step);
             for_blocks<SharedBackward<S, T>>(team, kernel, arena, [&](auto solver, int64_t, const Team& members) {
                 solver.solve(members, members.size > 1 && own ? outer : own);
             });

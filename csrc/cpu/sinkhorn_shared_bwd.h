@@ -42,8 +42,8 @@ class SharedBackward : SharedSweep<S, T> {
     void first_adjoint(const Team& team);
     void first_rows(const Team& team, int64_t row, int64_t rows, bool add);
     void iterate(const Team& team, int64_t t, S* outer);
-    void columns_to_rows(const Team& team, const S* joins);
-    void rows_to_columns(const Team& team, const S* joins, bool last);
+    void columns_to_rows(const Team& team, const S* joins, bool joined);
+    void rows_to_columns(const Team& team, const S* joins, bool joined, bool last);
     void previous_columns(const Team& team, int64_t slot, bool last);
     void previous_of_last(const Team& team);
     void collect_cost(const Team& team, S* outer);
@@ -74,7 +74,7 @@ class SharedBackward : SharedSweep<S, T> {
     S *u_ = nullptr, *z_ = nullptr, *w_t_ = nullptr, *v_t_ = nullptr;  // u, z (n, L); w^T, v'^T (L, outer_stride)
     S *of_f_, *of_g_;  // epsilon times the gradients of f and g
     S of_transport_[kMaxLanes], of_dual_[kMaxLanes];
-    double mass_a_[kMaxLanes] = {}, mass_b_[kMaxLanes] = {};
+    double mass_a_[kMaxLanes] = {}, mass_b_[kMaxLanes] = {};  // totals, where the dual value is differentiated
     int64_t iterations_[kMaxLanes], most_iterations_ = 1;
 };
 
@@ -141,8 +141,16 @@ void SharedBackward<S, T>::start(const Team& team) {
         most_iterations_ = iterations_[lane] > most_iterations_ ? iterations_[lane] : most_iterations_;
     }
     team.barrier();
-    for (int64_t k = 0; k < args_.n * lanes_; ++k) mass_a_[k % lanes_] += rows_.mass[k];
-    for (int64_t k = 0; k < args_.m * lanes_; ++k) mass_b_[k % lanes_] += columns_.mass[k];
+    if (!args_.grad_regularized_cost) return;
+    const auto add = [&](const Scaled& side, double* totals) {
+        for (int64_t i = 0; i < side.size; ++i) {
+            for (int64_t lane = 0; lane < lanes_; lane += width<double>) {
+                add_to(totals + lane, load_double(side.mass + i * lanes_ + lane));
+            }
+        }
+    };
+    add(rows_, mass_a_);
+    add(columns_, mass_b_);
 }
 
 // What is kept of this side in a slot; of problems solved apart, of the thread's own atoms, in `loaded`.
@@ -183,16 +191,18 @@ void SharedBackward<S, T>::load_scalings(const Team& team, int64_t slot) {
     }
 }
 
-// w from Gamma, for the thread's own columns. Problems whose last iteration this is join with their first adjoints.
+// w from Gamma, for the thread's own columns. Problems whose last iteration this is join with their first adjoints; `joined`:
+// there are some.
 template <class S, class T>
-void SharedBackward<S, T>::columns_to_rows(const Team& team, const S* joins) {
+void SharedBackward<S, T>::columns_to_rows(const Team& team, const S* joins, bool joined) {
     const S lambda = static_cast<S>(columns_.penalty.lambda());
     const Vec<S> zero = {};
     int64_t begin, end;
     own_atoms(team, false, begin, end);
     for_atoms(begin, end, [&](int64_t k, int64_t lane) {
-        const Vec<S> gamma = load(joins + lane) > zero ? load(first_gamma_ + k) : load(gamma_ + k);
-        store(sum_gamma_ + k, load(sum_gamma_ + k) + gamma);
+        Vec<S> gamma = load(gamma_ + k);
+        if (joined) gamma = load(joins + lane) > zero ? load(first_gamma_ + k) : gamma;
+        if (args_.grad_b) store(sum_gamma_ + k, load(sum_gamma_ + k) + gamma);
         Vec<S> bar = load(columns_.mass + k) * gamma;
         if (args_.grad_g) bar += load(joins + lane) * load(of_g_ + k);
         store(v_ + k, lambda * load(columns_.inverse + k) * bar);
@@ -203,7 +213,7 @@ void SharedBackward<S, T>::columns_to_rows(const Team& team, const S* joins) {
 
 // Phi and z from K w, and unless it is the last step K^T z.
 template <class S, class T>
-void SharedBackward<S, T>::rows_to_columns(const Team& team, const S* joins, bool last) {
+void SharedBackward<S, T>::rows_to_columns(const Team& team, const S* joins, bool joined, bool last) {
     const S lambda = static_cast<S>(rows_.penalty.lambda());
     S* sums = this->own_sums(team);
     int64_t begin, end;
@@ -213,8 +223,9 @@ void SharedBackward<S, T>::rows_to_columns(const Team& team, const S* joins, boo
         this->times(kernel_.panel(row), row, padded(rows), v_, z);
         for_atoms(row, row + rows, [&](int64_t k, int64_t lane) {
             S* at = z + k - row * lanes_;
-            const Vec<S> phi = load(joins + lane) * load(first_phi_ + k) - load(rows_.scaling + k) * load(at);
-            store(sum_phi_ + k, load(sum_phi_ + k) + phi);
+            Vec<S> phi = -(load(rows_.scaling + k) * load(at));
+            if (joined) phi += load(joins + lane) * load(first_phi_ + k);
+            if (args_.grad_a) store(sum_phi_ + k, load(sum_phi_ + k) + phi);
             Vec<S> bar = load(rows_.mass + k) * phi;
             if (args_.grad_f) bar += load(joins + lane) * load(of_f_ + k);
             store(at, lambda * load(rows_.inverse + k) * bar);
@@ -257,10 +268,14 @@ template <class S, class T>
 void SharedBackward<S, T>::iterate(const Team& team, int64_t t, S* outer) {
     const bool only = args_.gradient == Gradient::last_step, last = only || t == 0;
     S joins[kMaxLanes];
-    for (int64_t lane = 0; lane < kMaxLanes; ++lane) joins[lane] = only || iterations_[lane] == t + 1 ? S(1) : S(0);
+    bool joined = false;
+    for (int64_t lane = 0; lane < kMaxLanes; ++lane) {
+        joins[lane] = only || iterations_[lane] == t + 1 ? S(1) : S(0);
+        joined |= joins[lane] > 0;
+    }
     load_scalings(team, only ? 1 : t);
-    columns_to_rows(team, joins);
-    rows_to_columns(team, joins, last);
+    columns_to_rows(team, joins, joined);
+    rows_to_columns(team, joins, joined, last);
     if (only) {
         previous_of_last(team);
     } else {

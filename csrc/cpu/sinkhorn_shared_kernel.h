@@ -2,6 +2,8 @@
 // the smallest cost of row i; and a panel at a time W = K o (C - base), base the smallest cost of all
 // (0 where a marginal has a penalty).
 #pragma once
+#include <algorithm>
+
 #include "gemm.h"
 #include "otkd_fast/sinkhorn_shared.h"
 #include "sinkhorn_buffers.h"
@@ -22,7 +24,8 @@ class SharedKernel {
 
     // By all threads together. False, and nothing packed, if (max - min of the finite costs) / epsilon exceeds `limit`:
     // that bounds the exponents whatever the marginals are, and the cancellation between C / epsilon and the potentials.
-    bool start(const Team& team, double limit);
+    // Without `packs` shifts and base only.
+    bool start(const Team& team, double limit, bool packs = true);
 
     const Packing& packing() const { return packing_; }
     const S* panel(int64_t row) const { return kernel_ + packing_.panel(row); }
@@ -31,20 +34,32 @@ class SharedKernel {
     void weigh(int64_t row, int64_t rows, S* panel) const;
     const S* shifts() const { return shift_; }
     S base() const { return base_; }
-    // K_ij of `count` columns from j on, row-major
+    // K_ij of `count` columns from j on, row-major; of a cost that is not transposed
     Vec<S> row(int64_t i, int64_t j, int64_t count) const { return exp_(shift_[i] - cost(i, j, count)); }
-    // C_ij - base, 0 where it is infinite
+    // C_ij - base, 0 where it is infinite; likewise
     Vec<S> excess(int64_t i, int64_t j, int64_t count) const { return finite(cost(i, j, count) - base_); }
 
   private:
     static constexpr S kInf = std::numeric_limits<S>::infinity();
     static constexpr int64_t kSlack = kTile + width<S>;  // entries that whole vectors may touch behind the last one
 
+    static constexpr int64_t kTurned = kTile * (kDepth + width<T>);  // entries of a block that was transposed
+
     static Vec<S> finite(Vec<S> x) { return x < kInf ? x : x != x ? x : Vec<S>{}; }
-    Vec<S> cost(int64_t i, int64_t j, int64_t count) const {
-        return LoadAs<S, T>::part(args_.cost + i * args_.m + j, count < width<S> ? count : width<S>, kInf);
+    static Vec<S> load_cost(const T* cost, int64_t count) {
+        return LoadAs<S, T>::part(cost, count < width<S> ? count : width<S>, kInf);
     }
-    void row_range(int64_t i, S& low, S& high);
+    Vec<S> cost(int64_t i, int64_t j, int64_t count) const { return load_cost(args_.cost + i * args_.m + j, count); }
+    // Where kTile rows from `row` on begin at `column`, and the entries from one row to the next: kDepth columns at most, put
+    // into `turned` if the cost is transposed.
+    const T* block(int64_t row, int64_t column, T* turned, int64_t& stride) const {
+        stride = args_.cost_transposed ? kDepth + width<T> : args_.m;
+        if (!args_.cost_transposed) return args_.cost + row * args_.m + column;
+        const int64_t columns = std::min(kDepth, args_.m - column), rows = std::min<int64_t>(kTile, args_.n - row);
+        transpose(args_.cost + column * args_.n + row, args_.n, turned, stride, columns, rows);
+        return turned;
+    }
+    void row_ranges(int64_t row, S& low, S& high);
     void pack_group(int64_t row, int64_t column);
     void weigh_group(int64_t row, int64_t column, S* panel) const;
 
@@ -56,18 +71,31 @@ class SharedKernel {
     Reduction reduction_;
 };
 
-// The smallest cost of row i becomes its shift; low and high take in its smallest and its largest finite one.
+// The smallest cost of each of kTile rows becomes its shift; low and high take in the smallest and the largest finite one.
 template <class S, class T>
-void SharedKernel<S, T>::row_range(int64_t i, S& low, S& high) {
-    Vec<S> least = splat(kInf), most = splat(-kInf);
-    for (int64_t j = 0; j < args_.m; j += width<S>) {
-        const Vec<S> c = cost(i, j, args_.m - j);
-        least = min<S>(c, least);
-        most = max<S>(c < kInf ? c : splat(-kInf), most);
+void SharedKernel<S, T>::row_ranges(int64_t row, S& low, S& high) {
+    T turned[kTurned];
+    Vec<S> least[kTile], most = splat(-kInf);
+    for (int64_t r = 0; r < kTile; ++r) least[r] = splat(kInf);
+    const int64_t rows = std::min<int64_t>(kTile, args_.n - row);
+    for (int64_t column = 0; column < args_.m && rows > 0; column += kDepth) {
+        int64_t stride;
+        const T* block = this->block(row, column, turned, stride);
+        const int64_t columns = std::min(kDepth, args_.m - column);
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t j = 0; j < columns; j += width<S>) {
+                const Vec<S> c = load_cost(block + r * stride + j, columns - j);
+                least[r] = min<S>(c, least[r]);
+                most = max<S>(c < kInf ? c : splat(-kInf), most);
+            }
+        }
     }
-    const S own = -largest<S>(-least), own_high = largest<S>(most);
-    shift_[i] = own < kInf ? own : S(0);
-    low = own < low ? own : low;
+    for (int64_t r = 0; r < kTile; ++r) {
+        const S own = -largest<S>(-least[r]);
+        shift_[row + r] = own < kInf ? own : S(0);
+        low = own < low ? own : low;
+    }
+    const S own_high = largest<S>(most);
     high = own_high > high ? own_high : high;
 }
 
@@ -75,12 +103,17 @@ void SharedKernel<S, T>::row_range(int64_t i, S& low, S& high) {
 template <class S, class T>
 void SharedKernel<S, T>::pack_group(int64_t row, int64_t column) {
     S entries[kDepth + width<S>];
+    T turned[kTurned];
+    int64_t stride = 0;
+    const T* block = row < args_.n ? this->block(row, column, turned, stride) : nullptr;
     const int64_t depth = packing_.depth(column);
     S* to = kernel_ + packing_.panel(row) + packing_.group(row, column);
     for (int64_t r = 0; r < kTile; ++r, to += kTile) {
         const int64_t columns = row + r < args_.n ? args_.m - column : 0;
         for (int64_t j = 0; j < depth; j += width<S>) {
-            store(entries + j, j < columns ? this->row(row + r, column + j, columns - j) : Vec<S>{});
+            const Vec<S> zero = {};
+            const bool used = j < columns;
+            store(entries + j, used ? exp_(shift_[row + r] - load_cost(block + r * stride + j, columns - j)) : zero);
         }
         for (int64_t j = 0; j < depth; j += kTile) std::memcpy(to + j * kTile, entries + j, kTile * sizeof(S));
     }
@@ -97,11 +130,16 @@ template <class S, class T>
 void SharedKernel<S, T>::weigh_group(int64_t row, int64_t column, S* panel) const {
     constexpr int64_t ld = kDepth + kTile + width<S>;
     S excess[kTile * ld];
+    T turned[kTurned];
+    int64_t stride = 0;
+    const T* block = row < args_.n ? this->block(row, column, turned, stride) : nullptr;
     const int64_t depth = packing_.depth(column), group = packing_.group(row, column);
     for (int64_t r = 0; r < kTile; ++r) {
         const int64_t columns = row + r < args_.n ? args_.m - column : 0;
         for (int64_t j = 0; j < depth; j += width<S>) {
-            store(excess + r * ld + j, j < columns ? this->excess(row + r, column + j, columns - j) : Vec<S>{});
+            const Vec<S> zero = {};
+            const bool used = j < columns;
+            store(excess + r * ld + j, used ? finite(load_cost(block + r * stride + j, columns - j) - base_) : zero);
         }
     }
     const S* kernel = this->panel(row) + group;
@@ -117,17 +155,11 @@ void SharedKernel<S, T>::weigh_group(int64_t row, int64_t column, S* panel) cons
 }
 
 template <class S, class T>
-bool SharedKernel<S, T>::start(const Team& team, double limit) {
+bool SharedKernel<S, T>::start(const Team& team, double limit, bool packs) {
     int64_t begin, end;
     split(packing_.n, kTile, team.size, team.rank, begin, end);
     S low = kInf, high = -kInf;
-    for (int64_t i = begin; i < end; ++i) {
-        if (i < args_.n) {
-            row_range(i, low, high);
-        } else {
-            shift_[i] = 0;
-        }
-    }
+    for (int64_t i = begin; i < end; i += kTile) row_ranges(i, low, high);
     reduction_.put(team, 0, -low);
     reduction_.put(team, 1, high);
     team.barrier();
@@ -136,7 +168,7 @@ bool SharedKernel<S, T>::start(const Team& team, double limit) {
     if (team.rank == 0) base_ = constrained && least < kInf ? static_cast<S>(least) : S(0);
     if (most > least && (most - least) / args_.epsilon > limit) return false;
     team.barrier();
-    for (int64_t i = begin; i < end; i += kTile) {
+    for (int64_t i = begin; packs && i < end; i += kTile) {
         for (int64_t j = 0; j < packing_.m; j += kDepth) pack_group(i, j);
     }
     team.barrier();

@@ -17,7 +17,10 @@ OTKD_INLINE void dot_rows(const S* k, int64_t ld, const S* vector, S* s) {
             dot[r][1] += load(k + r * ld + j + width<S>) * x1;
         }
     }
-    for (int r = 0; r < kBlock; ++r) s[r] = sum<S>(dot[r][0] + dot[r][1]);
+    typedef S Block __attribute__((vector_size(kBlock * sizeof(S))));
+    Block total;  // one store: what follows loads it as a vector
+    for (int r = 0; r < kBlock; ++r) total[r] = sum<S>(dot[r][0] + dot[r][1]);
+    std::memcpy(s, &total, sizeof total);
 }
 
 // The same rows: sums_j += sum_r K_rj weight_r, one short dependency from block to block.
@@ -33,8 +36,8 @@ OTKD_INLINE void add_rows(const S* k, int64_t ld, const S* weights, S* sums) {
 }
 
 // Rows [begin, end), kBlock at a time: s = K vector; then sums += K^T weights, where value(i, s) returns the weights of the
-// rows from i on. Sweeps take turns in their direction: of a kernel larger than the cache, what the last sweep read last
-// is still there.
+// rows from i on. Sweeps over a kernel larger than the cache take turns in their direction: what the last sweep read last is
+// still there.
 template <class Rows, class S, class Value>
 void sweep(Rows& rows, int64_t ld, const S* vector, S* sums, int64_t begin, int64_t end, bool reversed, Value value) {
     for_blocks(begin, end, rows.block(), reversed, [&](int64_t i0, int64_t count) {

@@ -80,10 +80,12 @@ OTKD_INLINE VecInt<T> rotate(const Lanes<T>& w, T* norms, int64_t n, int64_t p, 
     const VecInt<T> turn = active & (squared > kOrthogonal<T> * kOrthogonal<T> * limit);
     if (!any<T>(turn)) return turn;
     const Vec<T> gap = beta - alpha, twice = gamma + gamma;
-    const Vec<T> hypotenuse = sqrt<T>(gap * gap + twice * twice);
-    const Vec<T> tangent = turn ? twice / (gap < zero ? gap - hypotenuse : gap + hypotenuse) : zero;
-    const Vec<T> cosine = one / sqrt<T>(one + tangent * tangent), sine = cosine * tangent;
-    const Vec<T> half = sine / (one + cosine);  // tangent of half the angle: small angles round little
+    const Vec<T> square = gap * gap + twice * twice, hypotenuse = square * reciprocal_sqrt<T>(square);
+    const Vec<T> tangent = turn ? twice * reciprocal<T>(gap < zero ? gap - hypotenuse : gap + hypotenuse) : zero;
+    // by the tangent of half the angle: small angles round little, and sine and cosine are those of one angle to rounding
+    const Vec<T> secant_squared = one + tangent * tangent;
+    const Vec<T> half = tangent * reciprocal<T>(one + secant_squared * reciprocal_sqrt<T>(secant_squared));
+    const Vec<T> sine = (half + half) * reciprocal<T>(one + half * half);
     for (int64_t j = 0; j < n; ++j) {
         const Vec<T> x = load(row_p + j * width<T>), y = load(row_q + j * width<T>);
         store(row_p + j * width<T>, x - sine * (y + half * x));
@@ -231,10 +233,8 @@ struct JacobiRoot {
         const Definiteness kind = cholesky.factorize();
         for (int64_t k = 0; k < n; ++k) {
             for (int64_t j = 0; j < n; ++j) {
-                const int64_t column = cholesky.order[j];
-                const bool inside = k < cholesky.rank && j >= k;
-                const double entry = inside ? cholesky.rows[k * cholesky.ld + j] * cholesky.deviation[column] : 0.0;
-                basis.at(k, column)[l] = static_cast<T>(entry);
+                const double entry = k < cholesky.rank && j >= k ? cholesky.factor(k, j) : 0.0;
+                basis.at(k, cholesky.order[j])[l] = static_cast<T>(entry);
             }
         }
         return kind == Definiteness::indefinite;

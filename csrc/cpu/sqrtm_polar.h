@@ -2,8 +2,9 @@
 //
 //   U = polar(F):   A^(1/2) = U^T F,   A^(-1/2) = F^-1 U
 //
-// |F^-1| tells how small the singular values of F are, and so how many steps the polar iteration takes. About (4 k + 1) n^3 operations
-// for k steps, k = 7 at condition 1e4. F and its order come from one thread, everything else is shared by the team.
+// An estimate of |F^-1| tells how small the singular values of F are, and so how many steps the polar iteration takes; a step is added
+// where the last but one has not come close enough to an orthogonal matrix. About (4 k + 1) n^3 operations for k steps, k = 6 at condition
+// 1e4. F and its order come from one thread, everything else is shared by the team.
 #pragma once
 #include "otkd_fast/sqrtm.h"
 #include "polar_iteration.h"
@@ -18,7 +19,7 @@ struct PolarRoot {
     int64_t n;
     Panels<T> factor, inverse, x, gram, polynomial;
     Cholesky<T> cholesky;
-    double* facts;  // what rank 0 tells the team: Definiteness, norm of F, smallest singular value of F
+    double* facts;  // what rank 0 tells the team: Definiteness, bound of |F|, estimate of the smallest singular value of F
 
     PolarRoot(int64_t size, Arena& memory) : n(size), cholesky(size, memory), facts(memory.take<double>(3)) {
         const int64_t rows = round_up(n, kPanel<T>);
@@ -30,17 +31,10 @@ struct PolarRoot {
         factorize(a, exponent, team);
         const Definiteness kind = static_cast<Definiteness>(static_cast<int>(facts[0]));
         if (inverse_root && kind != Definiteness::definite) return kind;
-        const PolarSchedule schedule = polar_schedule_for<T>(facts[2] / facts[1]);
-        if (team.rank == 0) {
-            const int64_t entries = panels_of<T>(n) * factor.stride();
-            std::memset(gram.data, 0, entries * sizeof(T));
-            std::memset(polynomial.data, 0, entries * sizeof(T));
-            std::memcpy(x.data, factor.data, entries * sizeof(T));
-            scale_panels(x, n, n, static_cast<T>(schedule.step[0].top / facts[1]));
-        }
-        team.barrier();
         PolarIteration<T> it{x, gram, polynomial, n, n};
-        it.run(schedule, true, team);
+        it.begin(factor, facts + 1, team);
+        const PolarSchedule schedule = polar_schedule_for<T>(facts[2] / facts[1]);
+        it.run(factor, schedule, facts[1], kind == Definiteness::definite, team);
         const auto keep = [](Vec<T> sum, int64_t) { return sum; };
         if (inverse_root) multiply_symmetric(inverse, it.x, polynomial, n, LowerDepth{n}, team, keep);
         else multiply_symmetric(it.x, factor, polynomial, n, UpperDepth{n}, team, keep);
@@ -72,10 +66,7 @@ struct PolarRoot {
         const bool definite = facts[0] == static_cast<double>(Definiteness::definite);
         if (definite) invert_transposed(factor, inverse, n, team);
         team.barrier();
-        if (team.rank == 0) {
-            facts[1] = norm_bound(factor, n, n, gram.data);
-            facts[2] = definite ? 1 / norm_bound(inverse, n, n, gram.data) : 0.0;
-        }
+        if (team.rank == 0) facts[2] = definite ? 1 / norm_estimate(inverse, n, gram.data) : 0.0;
         team.barrier();
     }
 };

@@ -12,11 +12,8 @@ template <class T>
 void store_factor(const Cholesky<T>& cholesky, const Panels<T>& f) {
     const int64_t n = cholesky.n;
     std::memset(f.data, 0, panels_of<T>(n) * f.stride() * sizeof(T));
-    for (int64_t j = 0; j < n; ++j) {
-        const double unit = cholesky.deviation[cholesky.order[j]];
-        const int64_t rows = j + 1 < cholesky.rank ? j + 1 : cholesky.rank;
-        T* column = f.data + f.offset(0, j);
-        for (int64_t k = 0; k < rows; ++k) column[k * kPanel<T>] = static_cast<T>(cholesky.rows[k * cholesky.ld + j] * unit);
+    for (int64_t k = 0; k < cholesky.rank; ++k) {
+        for (int64_t j = k; j < n; ++j) f.at(k, j) = static_cast<T>(cholesky.factor(k, j));
     }
 }
 

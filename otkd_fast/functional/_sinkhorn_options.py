@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._autograd import needs_function
 from ._validate import check_choice, check_tensor, positive_float, positive_int
 
 GRADIENTS = ("unroll", "envelope", "detach", "last_step", "implicit")
@@ -54,15 +55,24 @@ def check_options(epsilon, num_iters, tol, update_first, gradient, relaxation, m
     tol = 0.0 if tol is None else positive_float("tol", tol)
     if type(relaxation) is not float or relaxation != 1.0:
         relaxation = _relaxation(relaxation)
-        if relaxation != 1.0 and gradient in ("unroll", "last_step"):
-            raise ValueError(
-                f"relaxation: expected 1.0 with gradient='{gradient}', which differentiates plain iterations; got "
-                f"{relaxation or 'auto'!r} (gradient='implicit', 'envelope' or 'detach' do not depend on the path)"
-            )
     penalty_a = penalty_b = math.inf
     if marginal_penalty is not None:
         penalty_a, penalty_b = _penalties(marginal_penalty)
     return Options(epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_first == "a")
+
+
+def check_path(options: Options, gradient: str, *tensors: Tensor | None) -> None:
+    """Raise for relaxed iterations that are to be differentiated: a gradient of the path is one of plain iterations.
+
+    Where no tensor asks for a gradient, 'unroll' and 'last_step' mean nothing. Under a transform (torch.func,
+    forward-mode AD) whether one is asked for is not known, and it counts as asked for.
+    """
+    if options.relaxation != 1.0 and gradient in ("unroll", "last_step") and needs_function(*tensors):
+        raise ValueError(
+            f"relaxation: expected 1.0 with gradient='{gradient}', which differentiates plain iterations, where a "
+            f"gradient is asked for; got {options.relaxation or 'auto'!r} (gradient='implicit', 'envelope' or 'detach' "
+            "do not depend on the path)"
+        )
 
 
 def _relaxation(value: float | str) -> float:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.masses import can_check_masses, masses_right
+
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -95,14 +97,19 @@ def check_masses(a: Tensor | None, b: Tensor | None, same_total: bool = True) ->
 
 
 def _surely_right(a: Tensor | None, b: Tensor | None) -> bool:
-    """The check of every call, in few tensor operations (they cost as much as a small solve); False if in doubt."""
+    """The check of every call, natively or in few tensor operations: they cost as much as a small solve. False if in
+    doubt.
+    """
     given = [weights for weights in (a, b) if weights is not None]
     if any(weights.numel() == 0 for weights in given):
         return True
+    tolerance = TOTAL_TOLERANCE[given[0].dtype]
+    if can_check_masses(a, b):
+        return masses_right(a, b, tolerance)
+    given = [weights.contiguous() for weights in given]  # reductions over strided rows take ten times as long
     if any(not weights.amin().item() >= 0 for weights in given):
         return False
     total, *other = (weights.sum(-1, dtype=_SUM_DTYPE[weights.dtype]) for weights in given)
-    tolerance = TOTAL_TOLERANCE[given[0].dtype]
     if not other:
         return (total - 1).abs_().amax().item() <= tolerance
     least = total.amin().item()

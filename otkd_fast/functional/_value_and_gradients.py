@@ -52,6 +52,8 @@ class _ValueAndGradients(torch.autograd.Function):
         x, y, grad_x, grad_y = ctx.saved_tensors
         if transformed():
             grads = _Scaled.apply(x, y, grad_x, grad_y, grad, ctx.op)
+        elif grad.device.type == "cpu" and not torch.compiler.is_compiling() and bool((grad == 1).all()):
+            grads = grad_x, grad_y  # the copy would cost more than the look
         else:
             grads = _scaled(grad_x, grad_y, grad)
         return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True)), *(None,) * 4

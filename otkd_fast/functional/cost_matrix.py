@@ -64,9 +64,9 @@ def cost_matrix(
     """
     temperature = check_rows(x, y, metric, softmax_temperature)
     dtype = x.dtype
-    if dtype in HALF_DTYPES:
-        x, y = x.float(), y.float()
     backend = resolve("cost_matrix", x.device, backend)
+    if dtype in HALF_DTYPES and backend != "triton":  # its kernels read half precision
+        x, y = x.float(), y.float()
     if backend == "reference":
         cost = reference.cost_matrix(x, y, metric=metric, softmax_temperature=softmax_temperature)
     elif needs_function(x, y):

@@ -6,11 +6,15 @@ from functools import partial
 
 from torch import Tensor
 
+from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .. import reference
 from .._dispatch import resolve
+from ..ops._library import operators
 from ._matrices import check_features, check_flag, check_not_empty, check_square, common_batch, in_float32
 from ._validate import check_tensor
 from ._value_and_gradients import value_and_gradients
+
+_FROM_SAMPLES = operators("gaussian_wasserstein_from_samples")
 
 
 def gaussian_wasserstein_from_samples(
@@ -60,12 +64,14 @@ def gaussian_wasserstein_from_samples(
             raise ValueError(f"{name}: expected at least two rows with unbiased=True, got shape {tuple(rows.shape)}")
     check_features("y", y, "x", x)
     x, y = in_float32(*common_batch(x=(x, 2), y=(y, 2)))
-    resolve("gaussian_wasserstein", x.device, backend)
-    compute = partial(_from_samples, unbiased=unbiased)
+    backend = resolve("gaussian_wasserstein", x.device, backend)
+    compute = partial(_from_samples, unbiased=unbiased, backend=backend)
     return value_and_gradients("gaussian_wasserstein_from_samples", compute, x, y)
 
 
-def _from_samples(x, y, need_x, need_y, *, unbiased):
+def _from_samples(x, y, need_x, need_y, *, unbiased, backend):
+    if backend != "reference":
+        return _FROM_SAMPLES[backend](x, y, unbiased, need_x, need_y)
     return reference.wasserstein_from_samples(x, y, unbiased=unbiased, need_x=need_x, need_y=need_y)
 
 

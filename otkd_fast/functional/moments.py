@@ -6,12 +6,19 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .. import reference
 from .._dispatch import resolve
+from ..ops._library import operators
+from ..ops.moments import kernel_takes
+from ._autograd import keep_signature, mapped, needs_function, no_second_derivative, transformed
 from ._matrices import check_flag, in_float32
 from ._validate import check_tensor, not_negative_float, positive_int
+
+_FWD, _BWD = operators("feature_moments_fwd"), operators("feature_moments_bwd")
 
 
 class FeatureMoments(NamedTuple):
@@ -78,11 +85,67 @@ def feature_moments(
     if unbiased:
         _check_more_than_one(x, axes, counts)
     (x,) = in_float32(x)
-    resolve("feature_moments", x.device, backend)
-    mean, std = reference.feature_moments(x, dim=axes, grid=counts, unbiased=unbiased, eps=eps)
+    backend = resolve("feature_moments", x.device, backend)
+    if backend == "reference" or not kernel_takes(x, axes, counts):
+        mean, std = reference.feature_moments(x, dim=axes, grid=counts, unbiased=unbiased, eps=eps)
+    elif needs_function(x):
+        mean, std = _Moments.apply(x, axes, counts, unbiased, eps, backend)
+    else:
+        mean, std = _FWD[backend](x, axes, counts, unbiased, eps)
     if grid is None:
         mean, std = mean.squeeze(axes), std.squeeze(axes)
     return FeatureMoments(mean, std)
+
+
+@keep_signature
+class _Moments(torch.autograd.Function):
+    @staticmethod
+    def forward(x, dim, grid, unbiased, eps, backend):
+        return _FWD[backend](x, dim, grid, unbiased, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *ctx.options = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_std):
+        if grad_mean is None and grad_std is None:
+            return (None,) * 6
+        backward = _MomentsBackward.apply if transformed() else _backward
+        return backward(*ctx.saved_tensors, grad_mean, grad_std, *ctx.options), *(None,) * 5
+
+    @staticmethod
+    def vmap(info, in_dims, x, dim, *options):
+        inside = tuple(axis + 1 for axis in dim)
+        return _Moments.apply(mapped(x, in_dims[0], info.batch_size), inside, *options), (0, 0)
+
+
+def _backward(x, grad_mean, grad_std, dim, grid, unbiased, eps, backend):
+    return _BWD[backend](x, grad_mean, grad_std, dim, grid, unbiased, eps)
+
+
+@keep_signature
+class _MomentsBackward(torch.autograd.Function):
+    """The gradient as a node, where autograd records the backward pass: its derivative is an error."""
+
+    @staticmethod
+    def forward(x, grad_mean, grad_std, dim, grid, unbiased, eps, backend):
+        return _backward(x, grad_mean, grad_std, dim, grid, unbiased, eps, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise no_second_derivative("feature_moments")
+
+    @staticmethod
+    def vmap(info, in_dims, x, grad_mean, grad_std, dim, *options):
+        tensors = (mapped(t, d, info.batch_size) for t, d in zip((x, grad_mean, grad_std), in_dims[:3], strict=True))
+        return _MomentsBackward.apply(*tensors, tuple(axis + 1 for axis in dim), *options), 0
 
 
 def _axes(x: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .. import reference
 from .._dispatch import resolve
 from .._guards import refuse_gradient
+from ..ops._library import operators
 from ._autograd import keep_signature, mapped, needs_function, transformed
 from ._matrices import check_not_empty, in_float32
 from ._validate import check_tensor
 from ._value_and_gradients import only_first_derivative
 
 _ALL_STEPS = 0  # those of the dtype of K
-_op = torch.ops.otkd_fast.polar_fwd.default
+_FORWARD = operators("polar_fwd")
 
 
 def polar(K: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def polar(K: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
 
 def _forward(K: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend != "reference":
-        return _op(K, _ALL_STEPS)
+        return _FORWARD[backend](K, _ALL_STEPS)
     P, nuclear_norm = reference.polar(K)
     return P, nuclear_norm.to(K.dtype)
 

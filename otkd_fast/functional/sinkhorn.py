@@ -17,6 +17,7 @@ from ._sinkhorn_options import (
     check_constant,
     check_initial_potentials,
     check_options,
+    check_path,
     check_schedule,
     follow_schedule,
 )
@@ -78,7 +79,7 @@ def sinkhorn(
         epsilon_schedule: None, or numbers (one iteration each) and pairs (epsilon, iterations) that are run before the
             `num_iters` iterations, without gradient and without `tol` and `relaxation`, to start from.
         relaxation: over-relaxation in (0, 2), or 'auto', which observes the rate of convergence. Not 1 only with the
-            gradients 'implicit', 'envelope' and 'detach'.
+            gradients 'implicit', 'envelope' and 'detach', or where no gradient is asked for.
         marginal_penalty: None, or rho > 0, or (rho_a, rho_b), in units of the cost; None and inf stand for a
             constraint. Adds ``rho_a KL(P 1 | a) + rho_b KL(P^T 1 | b)`` to the problem in place of the constraints.
         backend: 'auto', 'reference', 'cpu', 'cuda' or 'triton'; None: see :func:`otkd_fast.backend`.
@@ -89,9 +90,9 @@ def sinkhorn(
     Raises:
         TypeError: an argument of the wrong type, an integer or complex tensor.
         ValueError: wrong rank, sizes, dtypes or devices that do not match, a number out of its range, an unknown word,
-            `a` or `b` that requires a gradient with 'detach', `relaxation` with 'unroll' or 'last_step'. On CPU
-            tensors, outside torch.compile and torch.func, also masses that are negative or not finite, and totals that
-            are 0 or differ.
+            `a` or `b` that requires a gradient with 'detach', `relaxation` with 'unroll' or 'last_step' where a
+            gradient is asked for, or under torch.func. On CPU tensors, outside torch.compile and torch.func, also
+            masses that are negative or not finite, and totals that are 0 or differ.
         RuntimeError: the named backend is not available. In the backward pass: an output that the mode does not
             differentiate, or a second derivative that is not available.
 
@@ -111,6 +112,7 @@ def sinkhorn(
     """
     options = check_options(epsilon, num_iters, tol, update_first, gradient, relaxation, marginal_penalty)
     a, b, batch = _check_problem(cost, a, b, gradient, options)
+    check_path(options, gradient, cost, a, b)
     if cost.dtype in HALF_DTYPES:
         cost = cost.float()
         a, b = None if a is None else a.float(), None if b is None else b.float()

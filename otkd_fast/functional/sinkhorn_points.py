@@ -13,7 +13,7 @@ from .. import reference
 from .._dispatch import resolve
 from ..reference import PointCosts
 from . import _sinkhorn_points_function as compiled
-from ._sinkhorn_options import check_initial_potentials, check_options, check_schedule, follow_schedule
+from ._sinkhorn_options import check_initial_potentials, check_options, check_path, check_schedule, follow_schedule
 from ._validate import HALF_DTYPES, check_choice
 from .cost_matrix import check_rows, cost_matrix
 from .sinkhorn import check_marginals
@@ -88,9 +88,10 @@ def sinkhorn_points(
     if n == 0 or m == 0:
         name, rows = ("x", x) if n == 0 else ("y", y)
         raise ValueError(f"{name}: expected at least one row, got shape {tuple(rows.shape)}")
-    batch = tuple(max(x.shape[:-2], y.shape[:-2], key=len))
+    batch = tuple((x if x.dim() >= y.dim() else y).shape[:-2])
     axes = "the rows of x", "the rows of y"
     a, b, batch = check_marginals(a, b, n, m, batch, ("x", x), axes, gradient, options)
+    check_path(options, gradient, x, y, a, b)
     if x.dtype in HALF_DTYPES:
         x, y, a, b = (None if tensor is None else tensor.float() for tensor in (x, y, a, b))
     initial = check_initial_potentials(initial_potentials, batch, n, m, x)

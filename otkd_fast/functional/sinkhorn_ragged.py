@@ -11,11 +11,13 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import resolve
 from .._values import values_readable
+from . import _sinkhorn_ragged_function as compiled
 from ._ragged import check_last, check_offsets, check_packed_masses, number_of_entries, packed_indices
 from ._sinkhorn_options import (
     check_constant,
     check_initial_potentials,
     check_options,
+    check_path,
     check_schedule,
     follow_schedule,
 )
@@ -102,12 +104,18 @@ def sinkhorn_ragged(
     if operand.dtype in HALF_DTYPES:
         a, b = a.float(), b.float()
         points, cost = points and tuple(x.float() for x in points), cost if points else cost.float()
+    check_path(options, gradient, *(points or (cost,)), a, b)
     initial = check_initial_potentials(initial_potentials, (), rows, columns, a)
-    resolve("sinkhorn_ragged", operand.device, backend)
-    if points:
+    backend = resolve("sinkhorn_ragged", operand.device, backend)
+    if points and backend == "reference":
         cost = reference.cost_matrix_ragged(*points, **offsets, metric=metric)
+    elif points:
+        entries = number_of_entries(row_offsets, column_offsets)
+        cost = compiled.costs(backend, *points, row_offsets, column_offsets, entries, metric)
 
     def solve(cost, a, b, f, g, options, gradient):
+        if backend != "reference":
+            return compiled.solve(backend, cost, a, b, f, g, row_offsets, column_offsets, options, gradient)
         keywords = {"gradient": gradient, "initial_potentials": (f, g), **offsets, **options.for_reference()}
         return reference.sinkhorn_ragged(cost, a, b, **keywords)
 

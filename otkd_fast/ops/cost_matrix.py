@@ -28,6 +28,12 @@ def _fwd_fake(x: Tensor, y: Tensor, metric: str, temperature_x: float, temperatu
     return x.new_empty((*batch, n, m))
 
 
+def _fwd_fake_triton(x: Tensor, y: Tensor, metric: str, temperature_x: float, temperature_y: float) -> Tensor:
+    """float32 costs of half-precision rows, which the Triton kernels take as they are."""
+    cost = _fwd_fake(x, y, metric, temperature_x, temperature_y)
+    return cost if x.dtype == torch.float64 else cost.float()
+
+
 def _fwd_cpu(x: Tensor, y: Tensor, metric: str, temperature_x: float, temperature_y: float) -> Tensor:
     x, y = x.contiguous(), y.contiguous()
     batch, n, m, d = _sizes(x, y)
@@ -125,6 +131,8 @@ _library.register(
     _fwd_fake,
     _fwd_cpu,
     cuda=_fwd_cuda,
+    triton="cost_matrix:cost_matrix_fwd",
+    triton_fake=_fwd_fake_triton,
 )
 _library.register(
     "cost_matrix_bwd(Tensor x, Tensor y, Tensor cost, Tensor grad_cost, str metric, float temperature_x, "
@@ -132,4 +140,5 @@ _library.register(
     _bwd_fake,
     _bwd_cpu,
     cuda=_bwd_cuda,
+    triton="cost_matrix:cost_matrix_bwd",
 )

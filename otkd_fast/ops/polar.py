@@ -27,4 +27,4 @@ def _cpu(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return P, nuclear_norm
 
 
-_library.register("polar_fwd(Tensor K, int steps) -> (Tensor, Tensor)", _fake, _cpu)
+_library.register("polar_fwd(Tensor K, int steps) -> (Tensor, Tensor)", _fake, _cpu, triton="polar:polar_fwd")

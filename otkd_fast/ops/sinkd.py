@@ -98,4 +98,5 @@ _library.register(
     _fake,
     _cpu,
     cuda=_cuda,
+    triton="sinkd:sinkd_value_and_grad",
 )

@@ -6,6 +6,9 @@ The kernels update rows first. Columns first is the transposed problem: cost, ma
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,12 +23,23 @@ KEEP = {
 }  # fmt: skip
 _HEADER = 2
 _FORWARD = -1
+_SMALL_SIDE, _FEW_PROBLEMS = 32, 4
 
 
-def history_size(n: int, m: int, num_iters: int, keep: int) -> int:
-    """Doubles of history a problem: how it was solved and how many iterations ran, then the scalings that are kept."""
-    slots = {KEEP_NOTHING: 0, KEEP_LAST: 1, KEEP_ALL: num_iters, KEEP_LAST_STEP: 2}[keep]
+def history_size(n: int, m: int, num_iters: int, keep: int, together: bool = False) -> int:
+    """Doubles of history a problem: how it was solved and how many iterations ran, then the scalings that are kept.
+
+    together: of a problem that shares vectors with others; its backward runs the loop again rather than to read it.
+    """
+    slots = {KEEP_NOTHING: 0, KEEP_LAST: 1, KEEP_ALL: 1 if together else num_iters, KEEP_LAST_STEP: 2}[keep]
     return _HEADER + slots * (n + m) if slots else 0
+
+
+def many_small(batch: Sequence[int], n: int, m: int, penalty_a: float, penalty_b: float) -> bool:
+    """Whether a batch is solved many problems at a time, one in each lane: the rule of csrc/include/.../sinkhorn.h."""
+    if n > _SMALL_SIDE or m > _SMALL_SIDE or penalty_a != math.inf or penalty_b != math.inf:
+        return False
+    return _library.product(batch) >= _FEW_PROBLEMS
 
 
 def _problems(
@@ -56,7 +70,8 @@ def _fwd_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *batch, n, m = cost.shape
     transport_cost, regularized_cost, marginal_error = (cost.new_empty(batch) for _ in range(3))
-    history = cost.new_empty((*batch, history_size(n, m, num_iters, keep)), dtype=torch.float64)
+    size = history_size(n, m, num_iters, keep, many_small(batch, n, m, penalty_a, penalty_b))
+    history = cost.new_empty((*batch, size), dtype=torch.float64)
     return (
         transport_cost, regularized_cost, cost.new_empty((*batch, n)), cost.new_empty((*batch, m)), marginal_error,
         cost.new_empty(batch, dtype=torch.int64), history,
@@ -109,7 +124,8 @@ def _bwd_cpu(
         cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
         penalty_a, penalty_b, need_a, need_b = penalty_b, penalty_a, need_b, need_a
     *batch, n, m = cost.shape
-    if history.shape[-1] != history_size(n, m, num_iters, KEEP[gradient]):
+    together = many_small(batch, n, m, penalty_a, penalty_b)
+    if history.shape[-1] != history_size(n, m, num_iters, KEEP[gradient], together):
         raise ValueError(f"history: expected that of a forward with keep={KEEP[gradient]}, got {tuple(history.shape)}")
     grads = (
         cost.new_empty(cost.shape if need_cost else (0,)),
@@ -231,6 +247,7 @@ _library.register(
     _fwd_fake,
     _fwd_cpu,
     cuda=_fwd_cuda,
+    triton="sinkhorn:sinkhorn_fwd",
 )
 _library.register(
     "sinkhorn_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
@@ -240,4 +257,5 @@ _library.register(
     _bwd_fake,
     _bwd_cpu,
     cuda=_bwd_cuda,
+    triton="sinkhorn:sinkhorn_bwd",
 )

@@ -194,6 +194,7 @@ _library.register(
     "bool update_a_first, int keep, bool stored) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    triton="sinkhorn_points:sinkhorn_points_fwd",
 )
 _library.register(
     "sinkhorn_points_bwd(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, "
@@ -202,16 +203,19 @@ _library.register(
     "bool stored, bool need_x, bool need_y, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
+    triton="sinkhorn_points:sinkhorn_points_bwd",
 )
 _library.register(
     "sinkhorn_points_apply(Tensor x, Tensor y, Tensor f, Tensor g, Tensor v, str metric, float epsilon, "
     "bool transpose) -> Tensor",
     _apply_fake,
     _apply_cpu,
+    triton="sinkhorn_points:sinkhorn_points_apply",
 )
 _library.register(
     "sinkhorn_points_apply_bwd(Tensor x, Tensor y, Tensor f, Tensor g, Tensor v, Tensor grad_out, str metric, "
     "float epsilon, bool transpose, bool need_x, bool need_y) -> (Tensor, Tensor)",
     _apply_bwd_fake,
     _apply_bwd_cpu,
+    triton="sinkhorn_points:sinkhorn_points_apply_bwd",
 )

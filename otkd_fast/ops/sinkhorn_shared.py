@@ -5,8 +5,9 @@ exponents permits, then in float64; the problems that even that does not suffice
 ``sinkhorn_bwd``, as do batches of a few problems: a few at a time, so that no tensor of the size of all the expanded
 costs exists.
 
-History, one float64 tensor: how each problem was solved and its iterations (B,), (B,); then the scalings of the blocks
-of problems that were solved together in the input's type; then, problem by problem, those of the others.
+History, one float64 tensor: how each problem was solved (B,) and its iterations (B,), as the bits of int64; then the
+scalings of the blocks of problems that were solved together in the input's type; then, problem by problem, those of the
+others.
 """
 
 from __future__ import annotations
@@ -58,21 +59,53 @@ def _fwd_fake(
     return transport_cost, regularized_cost, f, g, marginal_error, count, history
 
 
+def _triton_fwd_fake(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The Triton kernels keep a history as that of ``sinkhorn`` for each problem."""
+    per_problem = cost.expand(_batch(a, b), *cost.shape), a, b, initial_f, initial_g
+    options = epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep
+    return sinkhorn._fwd_fake(*per_problem, *options)
+
+
 class _History:
-    """The parts of a history tensor, as views."""
+    """Where the parts of a contiguous history tensor begin, and views of two of them."""
 
     def __init__(self, history: Tensor, cost: Tensor, batch: int, num_iters: int, keep: int) -> None:
         together, apart = _history_parts(cost, batch, num_iters, keep)
-        self.method, self.num_iters, self.together, apart_part = history.split((batch, batch, together, batch * apart))
-        self.apart = apart_part.view(batch, apart)
+        self._history, self._batch, self._rest = history, batch, 2 * batch + together
+        self.methods = history.data_ptr()
+        self.iterations, self.together = self.methods + 8 * batch, self.methods + 16 * batch
+        self.apart, self.apart_stride = self.methods + 8 * self._rest, apart
+
+    def method_of(self) -> Tensor:
+        """How each problem was solved, (B,)."""
+        return self._history[: self._batch]
+
+    def scalings_apart(self) -> Tensor:
+        """(B, doubles of a problem solved apart)"""
+        return self._history[self._rest :].view(self._batch, self.apart_stride)
+
+    def place(self, call) -> None:
+        """Tells a native call where everything is."""
+        call.methods, call.kept_iterations = self.methods, self.iterations
+        call.blocks, call.apart, call.apart_stride = self.together, self.apart, self.apart_stride
+
+
+def _turned(cost: Tensor) -> bool:
+    """Whether the kernel can read a cost transposed as it is."""
+    return cost.mT.is_contiguous()
 
 
 def _call(cost, a, b, initial_f, initial_g, epsilon, num_iters, keep, penalty_a, penalty_b):
-    """A native call with what forward and backward have in common."""
+    """A native call with what forward and backward have in common; `cost` is contiguous, or its transpose is."""
     call = native.SinkhornSharedCall()
     call.dtype, call.threads = _library.dtype_code(cost), torch.get_num_threads()
     call.batch, (call.n, call.m) = _batch(a, b), cost.shape
     call.cost, call.a, call.b = address(cost), address(a), address(b)
+    call.cost_transposed = not cost.is_contiguous()
     call.initial_f, call.initial_g = address(initial_f), address(initial_g)
     call.epsilon, call.num_iters, call.keep = epsilon, num_iters, keep
     call.penalty_a, call.penalty_b = penalty_a, penalty_b
@@ -90,38 +123,35 @@ def _fwd_cpu(
     batch = _batch(a, b)
     if batch == 0:
         return outputs
-    left = torch.arange(batch)
+    left = None  # all of them
     parts = _History(history, cost, batch, num_iters, keep) if keep else None
     if batch > FEW:
         left = _solve(outputs, parts, cost, a, b, initial_f, initial_g, *options)
-    for chunk in left.split(max(1, CHUNK_ENTRIES // cost.numel())) if len(left) else ():
+    else:
+        left = torch.arange(batch)
+    for chunk in () if left is None else left.split(max(1, CHUNK_ENTRIES // cost.numel())):
         _solve_dense(outputs, parts, chunk, (cost, a, b, initial_f, initial_g), options)
-    if keep:
-        parts.num_iters.copy_(count)
     return outputs
 
 
 def _solve(
     outputs, parts, cost, a, b, initial_f, initial_g, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b,
     update_a_first, keep,
-) -> Tensor:  # fmt: skip
-    """Solves what scalings can; the indices of the problems that are left."""
+) -> Tensor | None:  # fmt: skip
+    """Solves what scalings can; the indices of the problems that are left, None where there are none."""
     transport_cost, regularized_cost, f, g, marginal_error, count, _ = outputs
     if not update_a_first:
         cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
         penalty_a, penalty_b = penalty_b, penalty_a
-    operands = [contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g)]
-    call = _call(*operands, epsilon, num_iters, keep, penalty_a, penalty_b)
+    cost = cost if _turned(cost) else cost.contiguous()
+    operands = [contiguous(tensor) for tensor in (a, b, initial_f, initial_g)]
+    call = _call(cost, *operands, epsilon, num_iters, keep, penalty_a, penalty_b)
     call.tol, call.relaxation = tol, relaxation
     call.transport_cost, call.regularized_cost = address(transport_cost), address(regularized_cost)
     call.marginal_error, call.iterations = address(marginal_error), address(count)
     call.f, call.g = address(f), address(g)
     if keep:
-        call.blocks, call.apart, call.apart_stride = (
-            address(parts.together),
-            address(parts.apart),
-            parts.apart.stride(0),
-        )
+        parts.place(call)
     problems, call.count = None, call.batch
     for method in (FLOAT, DOUBLE)[cost.dtype is torch.float64 :]:
         call.method, call.problems = method, address(problems)
@@ -129,12 +159,10 @@ def _solve(
         call.left = address(left)
         scratch = _library.workspace(call.workspace_bytes(False))
         call.workspace = address(scratch)
-        if keep:
-            parts.method[slice(None) if problems is None else problems] = method
         call.count = call.forward()
-        problems = left[: call.count]
         if call.count == 0:
-            break
+            return None
+        problems = left[: call.count]
     return problems
 
 
@@ -146,8 +174,8 @@ def _solve_dense(outputs, parts, chunk, operands, options) -> None:
     for output, value in zip(outputs[:6], found[:6], strict=True):
         output[chunk] = value
     if parts is not None:
-        parts.method[chunk] = DENSE
-        parts.apart[chunk, : found[6].shape[-1]] = found[6]
+        parts.method_of()[chunk] = DENSE
+        parts.scalings_apart()[chunk, : found[6].shape[-1]] = found[6]
 
 
 def _bwd_fake(
@@ -176,16 +204,18 @@ def _bwd_cpu(
     per_problem = (a, b, initial_f, initial_g)
     incoming = (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)
     grads = _bwd_fake(cost, *per_problem, history, *incoming, *options)
-    grads[0].zero_()
+    if need_cost:
+        grads[0].zero_()
     batch = _batch(a, b)
     if batch == 0:
         return grads
     parts = _History(history.contiguous(), cost, batch, num_iters, sinkhorn.KEEP[gradient])
+    counts = native.sinkhorn_shared_methods(parts.methods, batch)
     for method in (FLOAT, DOUBLE):
-        if (parts.method == method).any():
+        if counts[method]:
             _differentiate(method, grads, parts, cost, *per_problem, *incoming, *options)
-    left = (parts.method == DENSE).nonzero().squeeze(1)
-    for chunk in left.split(max(1, CHUNK_ENTRIES // cost.numel())) if len(left) else ():
+    left = (parts.method_of() == DENSE).nonzero().squeeze(1) if counts[DENSE] else None
+    for chunk in () if left is None else left.split(max(1, CHUNK_ENTRIES // cost.numel())):
         _differentiate_dense(grads, parts, chunk, cost, (*per_problem, *incoming), options)
     return grads
 
@@ -200,16 +230,16 @@ def _differentiate(
         cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
         penalty_a, penalty_b, grad_a, grad_b = penalty_b, penalty_a, grad_b, grad_a
         grad_cost = torch.zeros_like(cost, memory_format=torch.contiguous_format) if need_cost else grad_cost
-    operands = [contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g)]
+    cost = cost if _turned(cost) and not need_cost else cost.contiguous()
+    operands = [contiguous(tensor) for tensor in (a, b, initial_f, initial_g)]
     incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
-    call = _call(*operands, epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b)
+    call = _call(cost, *operands, epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b)
     call.method, call.gradient, call.count = method, sinkhorn.GRADIENTS[gradient], call.batch
     if method == DOUBLE and cost.dtype is not torch.float64:
-        problems = (parts.method == method).nonzero().squeeze(1)
+        problems = (parts.method_of() == method).nonzero().squeeze(1)
         call.problems, call.count = address(problems), len(problems)
-    iterations = parts.num_iters.long()
-    call.iterations, call.methods = address(iterations), address(parts.method)
-    call.blocks, call.apart, call.apart_stride = address(parts.together), address(parts.apart), parts.apart.stride(0)
+    parts.place(call)
+    call.iterations = parts.iterations
     call.grad_transport_cost, call.grad_regularized_cost = address(incoming[0]), address(incoming[1])
     call.grad_f, call.grad_g = address(incoming[2]), address(incoming[3])
     call.grad_cost, call.grad_a, call.grad_b = (
@@ -228,7 +258,7 @@ def _differentiate_dense(grads, parts, chunk, cost, per_problem, options) -> Non
     a, b, initial_f, initial_g, *incoming = (None if t is None else t[chunk] for t in per_problem)
     _, num_iters, *_, gradient, _, _, _ = options
     size = sinkhorn.history_size(*cost.shape, num_iters, sinkhorn.KEEP[gradient])
-    history = parts.apart[chunk, :size]
+    history = parts.scalings_apart()[chunk, :size]
     found = sinkhorn._bwd_cpu(costs, a, b, initial_f, initial_g, history, *incoming, *options)
     if grads[0].numel():
         grads[0].add_(found[0].sum(0))
@@ -285,6 +315,8 @@ _library.register(
     _fwd_fake,
     _fwd_cpu,
     cuda=_fwd_cuda,
+    triton="sinkhorn_shared:sinkhorn_shared_fwd",
+    triton_fake=_triton_fwd_fake,
 )
 _library.register(
     "sinkhorn_shared_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
@@ -294,4 +326,5 @@ _library.register(
     _bwd_fake,
     _bwd_cpu,
     cuda=_bwd_cuda,
+    triton="sinkhorn_shared:sinkhorn_shared_bwd",
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PIVOT = {torch.float32: 1.0, torch.float64: 8.0}
+PIVOT = {torch.float32: 0.25, torch.float64: 8.0}
 
 
 def symmetric(A: Tensor) -> Tensor:

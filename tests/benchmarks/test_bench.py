@@ -9,7 +9,19 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench import measure, report, run, scaling, sinkd, sinkhorn_dense, sinkhorn_shared  # noqa: E402
+from bench import (  # noqa: E402
+    gaussian,
+    matrix_roots,
+    measure,
+    report,
+    run,
+    scaling,
+    sinkd,
+    sinkhorn_dense,
+    sinkhorn_points,
+    sinkhorn_ragged,
+    sinkhorn_shared,
+)
 from bench.family import Peer  # noqa: E402
 
 SMALL = "8x4"
@@ -48,6 +60,8 @@ FAMILIES = {
     "sinkd": (sinkd.FAMILY, SMALL),
     "shared": (sinkhorn_shared.FAMILY, "12"),
     "dense": (sinkhorn_dense.FAMILY, "3x5x5"),
+    "points": (sinkhorn_points.FAMILY, "7"),
+    "ragged": (sinkhorn_ragged.FAMILY, "5x1-6"),
 }
 
 
@@ -57,7 +71,7 @@ def test_peers_solve_the_problem_that_they_claim_to_solve(family):
     family, size = FAMILIES[family]
     problem = family.problem(size)
     checked = 0
-    for peer in (peer for peer in family.peers if not peer.name.endswith("compiled")):
+    for peer in (peer for peer in family.peers if not peer.name.endswith("compiled") and peer.name != "log-envelope"):
         try:
             function = peer.build(size)
         except ImportError:
@@ -66,6 +80,38 @@ def test_peers_solve_the_problem_that_they_claim_to_solve(family):
         assert result["value_error"] < 1e-5 and result["gradient_error"] < 1e-3
         checked += 1
     assert checked >= 2
+
+
+NEW_FAMILIES = {
+    "sqrtm": (matrix_roots.ROOTS, "3x6"),
+    "polar": (matrix_roots.NORMS, "3x6"),
+    "gaussian": (gaussian.DISTANCES, "2x5x8"),
+    "moments": (gaussian.MOMENTS, "2x3x5x5 grid 2"),
+    "moments of the batch": (gaussian.MOMENTS, "8x3 batch"),
+}
+
+
+@pytest.mark.parametrize("family", NEW_FAMILIES)
+def test_peers_of_matrix_problems_keep_to_their_limits(family):
+    """check() raises beyond them; ours has those of everybody."""
+    family, size = NEW_FAMILIES[family]
+    problem = family.problem(size)
+    assert ours(family).max_errors is None
+    checked = 0
+    for peer in family.peers:
+        try:
+            function = peer.build(size)
+        except ImportError:
+            continue
+        measure.check(peer, function, problem.expected, problem.inputs)
+        checked += 1
+    assert checked >= 2
+
+
+def test_a_peer_without_a_gradient_is_timed_forward():
+    peers = (ours(matrix_roots.ROOTS), Peer("half", "half", ours(matrix_roots.ROOTS).build, forward_only=True))
+    results = measure.measure(matrix_roots.root_problem("2x3"), peers, "2x3", seconds=0.02)
+    assert results["half"]["forward_ms"] > 0 and "forward_backward_ms" not in results["half"]
 
 
 def made_up_report():
@@ -80,6 +126,21 @@ def made_up_report():
     return run.make_report([case], memory)
 
 
+def test_a_run_in_pieces_is_merged():
+    """What is measured again replaces, the rest stays, in the order of the families; other machines are refused."""
+    old, new = made_up_report(), made_up_report()
+    second = new["cases"][0] | {"size": "256x100"}
+    new["cases"] = [second]
+    new["memory"] = [{"case": "wkd released form", "peak_mb": 2000.0}]
+    report = run.merged(new, old)
+    assert [case["size"] for case in report["cases"]] == ["64x100", "256x100"]
+    report = run.merged(old, new)
+    assert [case["size"] for case in report["cases"]] == ["64x100", "256x100"]
+    assert report["memory"] == [old["memory"][0], new["memory"][0]]
+    with pytest.raises(SystemExit):
+        run.merged(old | {"machine": old["machine"] | {"cpu": "another"}}, new)
+
+
 def test_markdown_has_ratios_and_requirements():
     text = report.markdown(made_up_report())
     assert "| 64 x 100 | **0.100** | 1.25 (12.5 x, at least 10) | - | wrong answer | - |" in text
@@ -89,6 +150,7 @@ def test_markdown_has_ratios_and_requirements():
 
 
 def test_pages_are_made_from_the_json(tmp_path):
+    pytest.importorskip("matplotlib")
     pages, results = [tmp_path / "README.md", tmp_path / "benchmarks.md"], tmp_path / "cpu.json"
     for page in pages:
         page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
@@ -99,13 +161,15 @@ def test_pages_are_made_from_the_json(tmp_path):
     sweep |= {"exponent_of_operations": 2, "fitted_exponent": 2.0}
     sweeps.write_text(json.dumps(run.make_report([]) | {"sweeps": [sweep]}))
     arguments = [str(results), "--update-docs", "--readme", str(pages[0]), "--docs", str(pages[1])]
-    arguments += ["--scaling", str(sweeps), "--numerics", str(numerics)]
+    plot = tmp_path / "scaling.png"
+    arguments += ["--scaling", str(sweeps), "--numerics", str(numerics), "--plot", str(plot)]
     for _ in range(2):
         report.main(arguments)
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nafter\n")
         assert "old" not in text and text.count("**0.100**") == 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert "| dense | n | 64 ... 128 | 2 | 2.00 | 4.00 |" in numerics.read_text()
     pages[0].write_text("no markers")
     with pytest.raises(SystemExit, match="bench:begin"):

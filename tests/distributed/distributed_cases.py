@@ -110,6 +110,22 @@ def gradients_of_sharded(rank, world, reduced_by):
     return answers
 
 
+def gradients_of_both_models(rank, world, reduced_by, wrap):
+    """A teacher that is trained too: its rows are gathered for the columns, each rank sends back its contribution."""
+    x = data()[0][own_rows(rank, world)]
+    student, teacher = model(), torch.nn.Linear(5, CLASSES, dtype=torch.float64)
+    trained = wrap(student), wrap(teacher)  # kept: DDP's hooks go with it
+    s, t = (network(x) for network in trained)
+    if world > 1:
+        cost = cost_matrix(s, all_gather_rows(t, same_loss=False), metric="l1", softmax_temperature=2.0)
+        result = sinkhorn_sharded(cost, epsilon=0.1, num_iters=5, reduced_by=reduced_by)
+    else:
+        cost = cost_matrix(s, t, metric="l1", softmax_temperature=2.0)
+        result = sinkhorn(cost, epsilon=0.1, num_iters=5)
+    result.transport_cost.backward()
+    return [result.transport_cost.detach(), *(p.grad for m in (student, teacher) for p in m.parameters())]
+
+
 def torch_finite(result):
     class Finite:
         transport_cost, regularized_cost = result.transport_cost, result.regularized_cost
@@ -151,6 +167,8 @@ def run_rank(rank, world, folder):
         answers = {
             "ddp": gradients_of_losses(rank, world, "mean", ddp),
             "sum": summed_afterwards(gradients_of_losses(rank, world, "sum", lambda network: network)),
+            "both ddp": gradients_of_both_models(rank, world, "mean", ddp),
+            "both sum": summed_afterwards({0: gradients_of_both_models(rank, world, "sum", lambda m: m)})[0],
             "sharded mean": gradients_of_sharded(rank, world, "mean"),
             "sharded sum": gradients_of_sharded(rank, world, "sum"),
             "gathers": gathers(rank, world),

@@ -55,6 +55,15 @@ def test_sharded_sinkhorn(ranks, reduced_by, name):
                 torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10 * scale)
 
 
+@pytest.mark.parametrize("way", ["both ddp", "both sum"])
+def test_sharded_sinkhorn_of_two_trained_models(ranks, way):
+    world, answers = ranks
+    expected = cases.gradients_of_both_models(0, 1, "mean", lambda network: network)
+    for rank in range(world):
+        for actual, wanted in zip(answers[rank][way], expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_gathers(ranks):
     world, answers = ranks
     _, teacher, labels, mask = cases.data()

@@ -27,6 +27,7 @@ def names():
         "torch": torch, "student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels,
         "student_features": torch.randn(16, 32, requires_grad=True), "teacher_features": torch.randn(16, 32),
         "student_maps": torch.randn(16, 8, 4, 4, requires_grad=True), "teacher_maps": torch.randn(16, 8, 4, 4),
+        "student": torch.nn.Linear(4, 100), "index": torch.arange(16),
         "cost": 1 - torch.eye(100), "alpha": 0.9, "beta": 0.8, "epoch": 3, "epochs": 240,
         "cross_entropy": F.cross_entropy(student_logits, labels), "kl": torch.tensor(0.5),
     }  # fmt: skip

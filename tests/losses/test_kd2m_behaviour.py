@@ -7,6 +7,7 @@ import pickle
 import kd2m_cases as cases
 import pytest
 import torch
+import torch.utils.checkpoint
 from kd2m_cases import value_and_gradient
 
 from otkd_fast.losses import KD2M, kd2m
@@ -103,7 +104,7 @@ def test_autocast_changes_nothing(name):
 
 
 @on_device
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_in_one_graph(name, masked):
     student, teacher = cases.features(8, 8, 4)
     mask = torch.tensor([True] * 6 + [False, True]) if masked else None
@@ -115,6 +116,32 @@ def test_compiles_in_one_graph(name, masked):
     torch.testing.assert_close(value, expected)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("cw2", "w2_gaussian full", "mmd rbf") else pytest.mark.slow)
+        for name in ON_DEVICE
+    ],
+)
+def test_func_grad_and_vmap(name):
+    pairs = [cases.features(8, 8, 4, seed=seed) for seed in range(3)]
+    loss = loss_of(name)
+    student, teacher = (torch.stack(side) for side in zip(*pairs, strict=True))
+    gradients, values = torch.vmap(torch.func.grad_and_value(loss))(student, teacher)
+    for k, pair in enumerate(pairs):
+        value, (gradient, _) = value_and_gradient(loss, *pair)
+        torch.testing.assert_close(values[k], value)
+        torch.testing.assert_close(gradients[k], gradient)
+
+
+def test_gradient_checkpointing():
+    student, teacher = cases.features(8, 8, 4)
+    student.requires_grad_()
+    value = torch.utils.checkpoint.checkpoint(loss_of("cw2"), student, teacher, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(value, student)
+    torch.testing.assert_close(gradient, value_and_gradient(loss_of("cw2"), student, teacher)[1][0])
 
 
 def test_exact_transport_breaks_the_graph_and_is_right():

@@ -116,7 +116,7 @@ def test_local_part_with_a_mask(solver):
     assert wcord_local(x[:0], y[:0], solver=solver) == 0
 
 
-@pytest.mark.parametrize("gradient", ["unroll", "detach"])
+@pytest.mark.parametrize("gradient", [pytest.param("unroll", marks=pytest.mark.slow), "detach"])
 @pytest.mark.parametrize("solver", ["sinkhorn", "ipot"])
 def test_local_part_compiles_in_one_graph(solver, gradient):
     torch._dynamo.reset()
@@ -303,7 +303,7 @@ def test_half_precision_and_autocast():
     assert student.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_in_one_graph(training):
     torch._dynamo.reset()
     module = double_module(num_samples=None).train(training)

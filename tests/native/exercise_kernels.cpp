@@ -3,9 +3,12 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 #include "otkd_fast/dispatch.h"
+#include "otkd_fast/masses.h"
+#include "otkd_fast/ragged.h"
 #include "otkd_fast/sinkd.h"
 
 using namespace otkd_fast;
@@ -85,6 +88,7 @@ void sinkhorn(const Shape& s, int threads, const std::vector<T>& cost, double ep
     args.m = s.m;
     args.num_iters = num_iters;
     args.keep = gradient == Gradient::unroll ? Keep::all : gradient == Gradient::last_step ? Keep::last_step : Keep::last;
+    args.together = many_small(args);
     std::vector<double> history(s.batch * history_stride(args));
     args.history = history.data();
     args.epsilon = epsilon;
@@ -114,6 +118,164 @@ void sinkhorn(const Shape& s, int threads, const std::vector<T>& cost, double ep
     check_finite(grad_b, "grad_b");
 }
 
+// Problems of different sizes: some of each kind (empty, in lanes, alone, shared by the threads).
+template <class T>
+void sinkhorn_ragged(int threads, double epsilon, Gradient gradient, Metric metric) {
+    const std::vector<std::pair<int64_t, int64_t>> sizes{{3, 5}, {0, 4}, {7, 2}, {6, 0}, {40, 33}, {16, 16}, {15, 16}, {14, 13}, {16, 9}, {1, 1},
+                                                         {2, 1}, {1, 3}, {4, 4}, {520, 515}, {5, 5}, {6, 6}, {8, 7}, {31, 32}};
+    std::vector<int64_t> rows{0}, columns{0};
+    int64_t entries = 0;
+    for (const auto& [n, m] : sizes) {
+        rows.push_back(rows.back() + n);
+        columns.push_back(columns.back() + m);
+        entries += n * m;
+    }
+    const int64_t d = 5, problems = sizes.size();
+    std::vector<T> x = uniform<T>(rows.back() * d), y = uniform<T>(columns.back() * d), cost(entries), grad_x(x.size()), grad_y(y.size());
+    std::vector<T> a(rows.back()), b(columns.back());
+    for (int64_t k = 0; k < problems; ++k) {
+        for (int64_t i = rows[k]; i < rows[k + 1]; ++i) a[i] = T(1) / sizes[k].first;
+        for (int64_t j = columns[k]; j < columns[k + 1]; ++j) b[j] = T(1) / sizes[k].second;
+    }
+    check_ragged(rows.data(), columns.data(), problems, rows.back(), columns.back(), entries);
+    CostMatrixRaggedArgs<T> points{};
+    points.x = x.data();
+    points.y = y.data();
+    points.cost = cost.data();
+    points.batch = problems;
+    points.d = d;
+    points.metric = metric;
+    points.threads = threads;
+    points.row_offsets = rows.data();
+    points.column_offsets = columns.data();
+    Workspace costs(cost_matrix_ragged_workspace(points, false) * sizeof(T)), costs_back(cost_matrix_ragged_workspace(points, true) * sizeof(T));
+    points.workspace = static_cast<T*>(costs.memory);
+    cost_matrix_ragged(points, false);
+
+    std::vector<T> f(a.size()), g(b.size()), transport(problems), dual(problems), error(problems);
+    std::vector<T> grad_cost(entries), grad_a(a.size()), grad_b(b.size()), ones(problems, T(1)), flipped(entries);
+    std::vector<int64_t> iterations(problems);
+    SinkhornRaggedArgs<T> args{};
+    args.cost = cost.data();
+    args.a = a.data();
+    args.b = b.data();
+    args.batch = problems;
+    args.n = rows.back();
+    args.m = columns.back();
+    args.num_iters = 3;
+    args.keep = gradient == Gradient::unroll ? Keep::all : gradient == Gradient::last_step ? Keep::last_step : Keep::last;
+    args.epsilon = epsilon;
+    args.threads = threads;
+    args.row_offsets = rows.data();
+    args.column_offsets = columns.data();
+    std::vector<double> history(history_stride(args) + (problems - 1) * kHistoryHeader);
+    args.history = history.data();
+    args.transport_cost = transport.data();
+    args.regularized_cost = dual.data();
+    args.f = f.data();
+    args.g = g.data();
+    args.marginal_error = error.data();
+    args.iterations = iterations.data();
+    const auto& run = kernels().of<T>();
+    Workspace forward(run.sinkhorn_ragged_workspace_bytes(args, false));
+    args.workspace = static_cast<unsigned char*>(forward.memory);
+    run.sinkhorn_ragged_fwd(args);
+    args.gradient = gradient;
+    args.grad_transport_cost = gradient == Gradient::envelope ? nullptr : ones.data();
+    args.grad_regularized_cost = gradient == Gradient::detach ? nullptr : ones.data();
+    args.grad_cost = grad_cost.data();
+    args.grad_a = gradient == Gradient::detach ? nullptr : grad_a.data();
+    args.grad_b = gradient == Gradient::detach ? nullptr : grad_b.data();
+    Workspace backward(run.sinkhorn_ragged_workspace_bytes(args, true));
+    args.workspace = static_cast<unsigned char*>(backward.memory);
+    run.sinkhorn_ragged_bwd(args);
+    check_finite(transport, "ragged transport_cost");
+    check_finite(grad_cost, "ragged grad_cost");
+    check_finite(grad_a, "ragged grad_a");
+    transpose_ragged(cost.data(), flipped.data(), rows.data(), columns.data(), problems);
+    points.workspace = static_cast<T*>(costs_back.memory);
+    points.grad_cost = grad_cost.data();
+    points.grad_x = grad_x.data();
+    points.grad_y = grad_y.data();
+    cost_matrix_ragged(points, true);
+    check_finite(grad_x, "ragged grad_x");
+    if (!masses_right<T>(a.data(), nullptr, 1, rows.back(), 1, 1e9)) {
+        std::printf("masses: wrong answer\n");
+        std::exit(1);
+    }
+}
+
+// Points, whose costs are computed block by block, kept or not; and the plan applied.
+template <class T>
+void sinkhorn_points(const Shape& s, int threads, Metric metric, double epsilon, Gradient gradient, bool stored) {
+    std::vector<T> x = uniform<T>(s.batch * s.n * s.d), y = uniform<T>(s.batch * s.m * s.d), grad_x(x.size()), grad_y(y.size());
+    std::vector<T> f(s.batch * s.n), g(s.batch * s.m), transport(s.batch), dual(s.batch), error(s.batch), ones(s.batch, T(1));
+    SinkhornPointsArgs<T> args{};
+    args.x = x.data();
+    args.y = y.data();
+    args.batch = s.batch;
+    args.n = s.n;
+    args.m = s.m;
+    args.d = s.d;
+    args.metric = metric;
+    args.stored = stored;
+    args.num_iters = 3;
+    args.keep = gradient == Gradient::unroll ? Keep::all : gradient == Gradient::last_step ? Keep::last_step : Keep::last;
+    args.epsilon = epsilon;
+    args.threads = threads;
+    std::vector<double> history(s.batch * history_stride(args));
+    args.history = history.data();
+    args.transport_cost = transport.data();
+    args.regularized_cost = dual.data();
+    args.f = f.data();
+    args.g = g.data();
+    args.marginal_error = error.data();
+    const auto& run = kernels().of<T>();
+    args.need_x = args.need_y = true;
+    args.gradient = gradient;
+    Workspace forward(run.sinkhorn_points_workspace_bytes(args, false)), backward(run.sinkhorn_points_workspace_bytes(args, true));
+    args.workspace = static_cast<unsigned char*>(forward.memory);
+    run.sinkhorn_points_fwd(args);
+    args.grad_transport_cost = gradient == Gradient::envelope ? nullptr : ones.data();
+    args.grad_regularized_cost = gradient == Gradient::detach ? nullptr : ones.data();
+    args.grad_x = grad_x.data();
+    args.grad_y = grad_y.data();
+    args.workspace = static_cast<unsigned char*>(backward.memory);
+    run.sinkhorn_points_bwd(args);
+    check_finite(transport, "points transport_cost");
+    check_finite(grad_x, "points grad_x");
+    check_finite(grad_y, "points grad_y");
+
+    const int64_t columns = 3;
+    std::vector<T> v = uniform<T>(s.batch * s.m * columns), out(s.batch * s.n * columns), grad_out = uniform<T>(out.size());
+    PlanApplyArgs<T> apply{};
+    apply.x = x.data();
+    apply.y = y.data();
+    apply.f = f.data();
+    apply.g = g.data();
+    apply.v = v.data();
+    apply.out = out.data();
+    apply.batch = s.batch;
+    apply.n = s.n;
+    apply.m = s.m;
+    apply.d = s.d;
+    apply.columns = columns;
+    apply.metric = metric;
+    apply.epsilon = epsilon;
+    apply.threads = threads;
+    apply.need_x = apply.need_y = true;
+    apply.grad_out = grad_out.data();
+    apply.grad_x = grad_x.data();
+    apply.grad_y = grad_y.data();
+    Workspace applying(run.plan_apply_workspace_bytes(apply, false)), back(run.plan_apply_workspace_bytes(apply, true));
+    apply.workspace = static_cast<unsigned char*>(applying.memory);
+    run.plan_apply(apply);
+    apply.workspace = static_cast<unsigned char*>(back.memory);
+    run.plan_apply_bwd(apply);
+    check_finite(out, "plan_apply");
+    check_finite(grad_x, "plan_apply grad_x");
+}
+
 template <class T>
 void sinkd(const Shape& s, int threads, double epsilon) {
     std::vector<T> rows = uniform<T>(s.batch * s.n * s.d), columns = uniform<T>(s.batch * s.m * s.d), loss(s.batch);
@@ -141,6 +303,8 @@ void sinkd(const Shape& s, int threads, double epsilon) {
     check_finite(grad_columns, "sinkd grad_columns");
 }
 
+#include "exercise_matrices.h"
+
 template <class T>
 void exercise(const Shape& shape, int threads) {
     for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
@@ -157,10 +321,32 @@ void exercise(const Shape& shape, int threads) {
     sinkd<T>(shape, threads, 0.1);
 }
 
+template <class T>
+void exercise_ragged(int threads) {
+    for (double epsilon : {0.1, 0.005, 0.00005}) {
+        for (Gradient gradient : {Gradient::unroll, Gradient::envelope, Gradient::detach, Gradient::last_step, Gradient::implicit}) {
+            const Metric metric = gradient == Gradient::envelope ? Metric::cosine : Metric::l1;
+            if (gradient != Gradient::implicit || epsilon == 0.1) sinkhorn_ragged<T>(threads, epsilon, gradient, metric);
+        }
+    }
+}
+
+template <class T>
+void exercise_points(const Shape& shape, int threads) {
+    for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
+        for (double epsilon : {0.5, 0.0005}) {
+            for (Gradient gradient : {Gradient::unroll, Gradient::envelope, Gradient::last_step}) {
+                for (bool stored : {true, false}) sinkhorn_points<T>(shape, threads, metric, epsilon, gradient, stored);
+            }
+        }
+    }
+}
+
 int main() {
     // single entries, tails in every direction, a batch, one problem large enough for the threads to share, small ones apart
     const std::vector<Shape> shapes{{1, 1, 1, 1},    {1, 3, 5, 2},  {2, 17, 33, 100},
-                                    {3, 9, 64, 300}, {1, 513, 515, 20}, {40, 40, 41, 30}};
+                                    {3, 9, 64, 300}, {1, 513, 515, 20}, {40, 40, 41, 30}, {37, 3, 5, 4}, {18, 16, 16, 3}};
+    const std::vector<Shape> points{{1, 1, 1, 1}, {2, 17, 33, 5}, {1, 130, 67, 20}};
     for (const std::string& set : instruction_sets()) {
         set_instruction_set(set);
         for (int threads : {1, 3}) {
@@ -168,6 +354,14 @@ int main() {
                 exercise<float>(shape, threads);
                 exercise<double>(shape, threads);
             }
+            exercise_matrices<float>(threads);
+            exercise_matrices<double>(threads);
+            for (const Shape& shape : points) {
+                exercise_points<float>(shape, threads);
+                exercise_points<double>(shape, threads);
+            }
+            exercise_ragged<float>(threads);
+            exercise_ragged<double>(threads);
         }
         std::printf("%s ok\n", set.c_str());
     }

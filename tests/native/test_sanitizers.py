@@ -24,14 +24,24 @@ def test_kernels_are_clean(sanitizer, tmp_path):
     flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
     flags += ["-Wno-psabi", f"-I{ROOT / 'csrc' / 'include'}"]
     objects = []
-    for name in ("cost_matrix", "polar", "sinkhorn", "sinkhorn_points", "sinkhorn_shared", "sqrtm"):
+    for name in (
+        "cost_matrix",
+        "gaussian",
+        "moments",
+        "polar",
+        "sinkhorn",
+        "sinkhorn_points",
+        "sinkhorn_ragged",
+        "sinkhorn_shared",
+        "sqrtm",
+    ):
         for isa, march in MARCH.items():
             objects.append(tmp_path / f"{name}_{isa}.o")
             source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
             built = run(COMPILER, *flags, f"-march={march}", f"-DOTKD_ISA={isa}", "-c", source, "-o", objects[-1])
             assert built.returncode == 0, built.stderr
     program = tmp_path / "exercise_kernels"
-    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("threads", "dispatch", "sinkd")]
+    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("threads", "dispatch", "masses", "ragged", "sinkd")]
     sources.append(Path(__file__).with_name("exercise_kernels.cpp"))
     built = run(COMPILER, *flags, *sources, *objects, "-ldl", "-o", program)
     assert built.returncode == 0, built.stderr

@@ -71,9 +71,17 @@ WRONG = [
     ({"relaxation": "fast"}, ValueError, ("relaxation:", "'auto'", "'fast'")),
     ({"relaxation": None}, TypeError, ("relaxation:", "number", "NoneType")),
     ({"relaxation": True}, TypeError, ("relaxation:", "number", "bool")),
-    ({"relaxation": 1.5}, ValueError, ("relaxation:", "gradient='unroll'", "1.5", "'implicit'")),
-    ({"relaxation": "auto"}, ValueError, ("relaxation:", "gradient='unroll'", "'auto'")),
-    ({"relaxation": 1.5, "gradient": "last_step"}, ValueError, ("relaxation:", "gradient='last_step'")),
+    (
+        {"relaxation": 1.5, "cost": cost(3, 4).requires_grad_()},
+        ValueError,
+        ("relaxation:", "gradient='unroll'", "1.5", "'implicit'"),
+    ),
+    ({"relaxation": "auto", "a": mass(3).requires_grad_()}, ValueError, ("relaxation:", "gradient='unroll'", "'auto'")),
+    (
+        {"relaxation": 1.5, "gradient": "last_step", "b": mass(4).requires_grad_()},
+        ValueError,
+        ("relaxation:", "gradient='last_step'"),
+    ),
     ({"marginal_penalty": 0.0}, ValueError, ("marginal_penalty:", "> 0", "got 0.0")),
     ({"marginal_penalty": (1.0, -2.0)}, ValueError, ("marginal_penalty[1]:", "> 0", "-2.0")),
     ({"marginal_penalty": (NAN, None)}, ValueError, ("marginal_penalty[0]:", "> 0", "nan")),
@@ -144,3 +152,21 @@ def test_accepts_numbers_that_are_not_float_or_int(backend):
     for epsilon, num_iters in ((2, 3), (numpy.float32(2), numpy.int64(3))):
         actual = otkd_fast.sinkhorn(c, epsilon=epsilon, num_iters=num_iters, backend=backend).transport_cost
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("gradient", ["unroll", "last_step"])
+@pytest.mark.parametrize("backend", ALL)
+def test_relaxation_where_no_gradient_is_asked_for(backend, gradient):
+    """The modes that differentiate the path take it without a gradient, and refuse it under a transform."""
+    generator = torch.Generator().manual_seed(0)
+    problem = torch.rand(5, 4, generator=generator).requires_grad_()
+    options = {"epsilon": 0.05, "num_iters": 30, "relaxation": "auto", "backend": backend}
+    expected = otkd_fast.sinkhorn(problem, gradient="envelope", **options)
+    constant = otkd_fast.sinkhorn(problem.detach(), gradient=gradient, **options)
+    with torch.no_grad():
+        disabled = otkd_fast.sinkhorn(problem, gradient=gradient, **options)
+    for result in (constant, disabled):
+        torch.testing.assert_close(result.f, expected.f.detach())
+        torch.testing.assert_close(result.transport_cost, expected.transport_cost.detach())
+    with pytest.raises(ValueError, match="^relaxation: "):
+        torch.func.grad(lambda c: otkd_fast.sinkhorn(c, gradient=gradient, **options).transport_cost)(problem.detach())

@@ -3,6 +3,8 @@
 Every instruction set and number of threads, also where the threads share a problem, against the float64 reference.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from otkd_fast.ops.sinkhorn import KEEP
 from otkd_fast.testing import assert_close, backends, instruction_sets, random_problem, use_instruction_set
 
 pytestmark = pytest.mark.skipif("cpu" not in backends("sinkhorn"), reason="no compiled backend")
+F32, F64 = torch.float32, torch.float64
 OUTPUTS = ("transport_cost", "regularized_cost", "f", "g")
 COVERED = {"envelope": ("regularized_cost",), "detach": ("transport_cost",)}
 RANGES = (1, 10, 100, 1000, 1e5)  # max C / epsilon: float scalings, double scalings, log domain
@@ -57,22 +60,45 @@ def expected_of(problem, start, epsilon, options, update_a_first, gradient, grad
 
 
 def check(
-    problem, options, *, dtype, range_, gradient, generator, update_a_first=True, start=(None, None), method=None
-):
-    """`problem` has costs up to 1."""
+    problem, options, *, dtypes=(F32, F64), range_, gradient, generator, update_a_first=True, start=(None, None),
+    method=None, sets=(None,),
+):  # fmt: skip
+    """`problem` has costs up to 1. Each dtype and instruction set against one run of the reference.
+
+    The inputs are rounded to the narrowest dtype for all of them.
+    """
     options, epsilon = DEFAULT | options, 1 / range_
-    problem = [None if tensor is None else tensor.to(dtype) for tensor in problem]
-    start = [None if potential is None else potential.to(dtype) for potential in start]
-    outputs = forward(problem, start, epsilon, options, update_a_first, KEEP[gradient])
-    assert method is None or (outputs[6][..., 0] == method).all()
+    if options["relaxation"] == 0 and len(dtypes) > 1:  # omega sees that rounded masses no longer have one total
+        for dtype in dtypes:
+            check(
+                problem, options, dtypes=(dtype,), range_=range_, gradient=gradient, generator=generator,
+                update_a_first=update_a_first, start=start, method=method, sets=sets,
+            )  # fmt: skip
+        return
+    narrow = F32 if F32 in dtypes else F64
+    problem = [None if tensor is None else tensor.to(narrow) for tensor in problem]
+    start = [None if potential is None else potential.to(narrow) for potential in start]
+    batch, n, m = problem[0].shape[:-2], *problem[0].shape[-2:]
+    shapes = (batch, batch, (*batch, n), (*batch, m))
     covered = COVERED.get(gradient, OUTPUTS)
     grads = [
-        torch.randn(value.shape, generator=generator).to(dtype) if name in covered else None
-        for name, value in zip(OUTPUTS, outputs, strict=False)
+        torch.randn(shape, generator=generator).to(narrow) if name in covered else None
+        for name, shape in zip(OUTPUTS, shapes, strict=True)
     ]
+    expected = expected_of(problem, start, epsilon, options, update_a_first, gradient, grads)
+    for dtype in dtypes:
+        tensors = [[None if x is None else x.to(dtype) for x in group] for group in (problem, start, grads)]
+        for instruction_set in sets:
+            with use_instruction_set(instruction_set) if instruction_set else contextlib.nullcontext():
+                compare(*tensors, options, epsilon, update_a_first, gradient, method, expected)
+
+
+def compare(problem, start, grads, options, epsilon, update_a_first, gradient, method, references):
+    expected, wanted = references
+    outputs = forward(problem, start, epsilon, options, update_a_first, KEEP[gradient])
+    assert method is None or (outputs[6][..., 0] == method).all()
     found = backward(problem, start, outputs[6], grads, epsilon, options, update_a_first, gradient)
     found = [grad for grad in found if grad.numel()]
-    expected, wanted = expected_of(problem, start, epsilon, options, update_a_first, gradient, grads)
     assert torch.equal(outputs[5], expected.num_iters)
     assert len(found) == len(wanted)
     for k, name in enumerate(OUTPUTS):
@@ -85,9 +111,9 @@ def check(
         assert_close(grad, want, "sinkhorn", "gradient", scale=max(float(want.abs().max()), unit), context=gradient)
 
 
-def ranges(dtype):
+def dtypes_of(range_):
     """At 1e5 the rounding of C / epsilon is all that float64 results could be compared for."""
-    return RANGES if dtype == torch.float32 else RANGES[:-1]
+    return (F32, F64) if range_ < 1e5 else (F32,)
 
 
 def gradients_of(name, range_, infinite=False):
@@ -100,60 +126,52 @@ def gradients_of(name, range_, infinite=False):
     return modes
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("update_a_first", [True, False])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name, update_a_first, dtype, generator):
-    for k, range_ in enumerate(ranges(dtype)):
+def test_options(name, update_a_first, generator):
+    for k, range_ in enumerate(RANGES):
         if range_ >= 1000 and name == "relaxed penalties":
             continue  # omega follows from a ratio of errors, which rounding reaches here
         n, m = ((13, 9), (5, 34), (33, 17), (8, 8), (24, 3))[k]
         problem = random_problem(n, m, batch=(2,), zeros=True, infinite=k % 2 == 0, generator=generator)
         for gradient in gradients_of(name, range_, k % 2 == 0):
             options = {"gradient": gradient, "generator": generator, "update_a_first": update_a_first}
-            check(problem, OPTIONS[name], dtype=dtype, range_=range_, **options)
+            check(problem, OPTIONS[name], dtypes=dtypes_of(range_), range_=range_, **options)
 
 
-@pytest.mark.parametrize("instruction_set", instruction_sets())
-def test_each_method_with_each_instruction_set(instruction_set, generator):
-    with use_instruction_set(instruction_set):
-        for range_, method in METHODS.items():
-            problem = random_problem(19, 35, batch=(2,), generator=generator)
-            for name in ("tol", "penalties", "auto"):
-                for gradient in gradients_of(name, range_):
-                    options = {"gradient": gradient, "generator": generator, "method": method}
-                    check(problem, OPTIONS[name], dtype=torch.float32, range_=range_, **options)
+@pytest.mark.parametrize("range_", METHODS)
+def test_each_method_with_each_instruction_set(range_, generator):
+    problem = random_problem(19, 35, batch=(2,), generator=generator)
+    for name in ("tol", "penalties", "auto"):
+        for gradient in gradients_of(name, range_):
+            options = {"gradient": gradient, "generator": generator, "method": METHODS[range_]}
+            check(problem, OPTIONS[name], dtypes=(F32,), sets=instruction_sets(), range_=range_, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("range_", [10, 100, 1000])
-def test_threads_share_a_problem(range_, dtype, generator):
+def test_threads_share_a_problem(range_, generator):
     torch.set_num_threads(2)
     problem = random_problem(517, 523, zeros=True, generator=generator)
     for name, gradient in (("plain", "unroll"), ("tol", "last_step"), ("penalties", "implicit"), ("auto", "envelope")):
         options = OPTIONS[name] | {"num_iters": 12 if name == "auto" else 4}
-        check(problem, options, dtype=dtype, range_=range_, gradient=gradient, generator=generator)
+        check(problem, options, range_=range_, gradient=gradient, generator=generator)
 
 
 @pytest.mark.parametrize("range_", RANGES)
 @pytest.mark.parametrize("gradient", ["unroll", "last_step", "envelope"])
 def test_start(gradient, range_, generator):
     """Potentials to start from, wide and narrow, with entries that are not finite."""
-    for dtype in (torch.float64, torch.float32):
-        if range_ not in ranges(dtype):
-            continue
-        for name, scale in (("plain", 0.1), ("plain", 30.0), ("penalties", 0.1)):
-            problem = random_problem(11, 14, batch=(2,), zeros=True, generator=generator)
-            f, g = (scale * torch.randn(2, size, generator=generator, dtype=torch.float64) for size in (11, 14))
-            f[0, 2], g[1, 3], g[0, 1] = -torch.inf, torch.nan, torch.inf
-            for start, update_a_first in (((f, g), True), ((None, g), True), ((f, None), False)):
-                options = {"gradient": gradient, "generator": generator, "update_a_first": update_a_first}
-                check(problem, OPTIONS[name], dtype=dtype, range_=range_, start=start, **options)
+    for name, scale in (("plain", 0.1), ("plain", 30.0), ("penalties", 0.1)):
+        problem = random_problem(11, 14, batch=(2,), zeros=True, generator=generator)
+        f, g = (scale * torch.randn(2, size, generator=generator, dtype=torch.float64) for size in (11, 14))
+        f[0, 2], g[1, 3], g[0, 1] = -torch.inf, torch.nan, torch.inf
+        for start, update_a_first in (((f, g), True), ((None, g), True), ((f, None), False)):
+            options = {"gradient": gradient, "generator": generator, "update_a_first": update_a_first}
+            check(problem, OPTIONS[name], dtypes=dtypes_of(range_), range_=range_, start=start, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["plain", "tol", "penalties", "auto"])
-def test_tiny_masses(name, dtype, generator):
+def test_tiny_masses(name, generator):
     """Masses of a sharp softmax, down to 1e-30, between them exact zeros, beside forbidden pairs."""
     for range_ in (10, 100):
         cost, a, b = random_problem(12, 10, batch=(2,), zeros=True, infinite=True, generator=generator)
@@ -163,10 +181,10 @@ def test_tiny_masses(name, dtype, generator):
         a[:, 0], b[:, 0] = 1e-30, 1e-29
         problem = (cost, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True))
         for gradient in ("envelope", "detach") if name == "auto" else ("envelope", "detach", "last_step"):
-            check(problem, OPTIONS[name], dtype=dtype, range_=range_, gradient=gradient, generator=generator)
+            check(problem, OPTIONS[name], range_=range_, gradient=gradient, generator=generator)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize("range_", RANGES)
 def test_stopped_loop_is_the_loop_of_that_length(range_, dtype, generator):
     """In every bit, with its history and its gradient."""

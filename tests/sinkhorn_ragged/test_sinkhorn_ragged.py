@@ -27,7 +27,8 @@ F64 = torch.float64
 @pytest.mark.parametrize("backend", ALL)
 def test_is_a_loop_over_the_problems(backend, gradient, case, dtype, generator):
     """Values, potentials, plan and gradients; the loop is the reference in float64."""
-    problems, packed = random_packed(generator, zeros=True, infinite=True)
+    # forbidden pairs may leave no plan with these marginals, and then there is no fixed point to differentiate
+    problems, packed = random_packed(generator, zeros=True, infinite=gradient != "implicit")
     options = {"epsilon": 0.1, "gradient": gradient} | OPTIONS[case]
     given = packed.to(dtype)
     if gradient == "implicit":

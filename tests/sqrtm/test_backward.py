@@ -45,6 +45,16 @@ def test_against_the_lyapunov_equation(backend, algorithm, dtype, d, inverse, ge
     assert_norm_close(actual, expected, bound)
 
 
+@pytest.mark.parametrize("backend", backends("sqrtm", compiled_only=True))
+def test_sums_of_several_slices(backend, generator):
+    """Beyond 256 rows a product is summed in slices."""
+    A = covariance("geometric 1e2", 270, generator=generator).float()
+    G = torch.randn(270, 270, generator=generator)
+    assert_norm_close(gradient(A, G, backend=backend), lyapunov(A.double(), G.double()), 4e-5)
+    S = otkd_fast.sqrtm(A, backend=backend)
+    assert_norm_close(S.double() @ S.double(), A.double(), tolerance("sqrtm", "residual", torch.float32).rtol)
+
+
 @pytest.mark.parametrize("name", ["geometric 1e4", "geometric 1e6", "power law", "two clusters"])
 @pytest.mark.parametrize("backend, algorithm", RUNS)
 def test_float32_is_five_times_closer_than_eigh_and_loewner(backend, algorithm, name, generator):

@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "otkd_fast/cost_matrix.h"
+#include "otkd_fast/gaussian.h"
+#include "otkd_fast/moments.h"
 #include "otkd_fast/polar.h"
 #include "otkd_fast/sinkhorn.h"
 #include "otkd_fast/sinkhorn_shared.h"
@@ -21,11 +23,18 @@ struct KernelsOf {
     void (*sinkhorn_fwd)(const SinkhornArgs<T>&);
     void (*sinkhorn_bwd)(const SinkhornArgs<T>&);
     int64_t (*sinkhorn_workspace_bytes)(const SinkhornArgs<T>&, bool backward);
+    void (*sinkhorn_ragged_fwd)(const SinkhornRaggedArgs<T>&);
+    void (*sinkhorn_ragged_bwd)(const SinkhornRaggedArgs<T>&);
+    int64_t (*sinkhorn_ragged_workspace_bytes)(const SinkhornRaggedArgs<T>&, bool backward);
     int64_t (*sinkhorn_shared_fwd)(const SinkhornSharedArgs<T>&);
     void (*sinkhorn_shared_bwd)(const SinkhornSharedArgs<T>&);
     int64_t (*sinkhorn_shared_workspace_bytes)(const SinkhornSharedArgs<T>&, bool backward);
     void (*polar_fwd)(const PolarArgs<T>&);
     int64_t (*polar_workspace_bytes)(const PolarArgs<T>&);
+    void (*gaussian_samples)(const GaussianSamplesArgs<T>&);
+    int64_t (*gaussian_samples_workspace_bytes)(const GaussianSamplesArgs<T>&);
+    void (*feature_moments_fwd)(const FeatureMomentsArgs<T>&);
+    void (*feature_moments_bwd)(const FeatureMomentsArgs<T>&);
     void (*sqrtm_fwd)(const SqrtmArgs<T>&);
     void (*sqrtm_bwd)(const SqrtmArgs<T>&);
     int64_t (*sqrtm_workspace_bytes)(const SqrtmArgs<T>&, bool backward);

@@ -22,6 +22,7 @@ struct SinkhornArgs {
     unsigned char* workspace;  // sinkhorn_workspace_bytes bytes, 64-byte aligned
     int64_t batch, n, m, num_iters;
     Keep keep;
+    bool together;  // the batch is many small problems, which share vectors; see many_small()
     double epsilon;
     double tol = 0;         // 0: num_iters iterations; else a problem stops when its marginal error is at most this
     double relaxation = 1;  // 0: chosen on the way
@@ -44,15 +45,35 @@ struct SinkhornArgs {
 
 // History of one problem, in doubles: how it was solved (Method), the iterations that ran, then slots of n row and m column
 // scalings. They are floats (and take half of the place) with scaling_float, logarithms with log. One slot for Keep::last,
-// num_iters for Keep::all; two for Keep::last_step: before the last iteration (the columns count) and after it.
+// num_iters for Keep::all, but one where problems are solved together: their backward runs the loop again; two for
+// Keep::last_step: before the last iteration (the columns count) and after it.
 enum class Method : int { scaling_float = 0, scaling_double = 1, log = 2 };
 constexpr int64_t kHistoryHeader = 2;
 
 template <class T>
 int64_t history_stride(const SinkhornArgs<T>& args) {
-    const int64_t slots[] = {0, 1, args.num_iters, 2};
+    const int64_t slots[] = {0, 1, args.together ? 1 : args.num_iters, 2};
     return kHistoryHeader + slots[static_cast<int>(args.keep)] * (args.n + args.m);
 }
+
+constexpr int64_t kSmallSide = 32, kFewProblems = 4;
+
+// Whether a batch of these problems is solved many at a time, one in each lane of the vectors. The same rule as in
+// ops/sinkhorn.py, which allocates the history.
+template <class T>
+bool many_small(const SinkhornArgs<T>& args) {
+    return args.batch >= kFewProblems && args.n <= kSmallSide && args.m <= kSmallSide &&
+           args.penalty_a == std::numeric_limits<double>::infinity() &&
+           args.penalty_b == std::numeric_limits<double>::infinity();
+}
+
+// Problems of different sizes, packed one after the other; batch is their number, n and m are those of all together. The
+// history of problem k starts where those before it end.
+template <class T>
+struct SinkhornRaggedArgs : SinkhornArgs<T> {
+    const int64_t* row_offsets;     // (batch + 1,)
+    const int64_t* column_offsets;  // (batch + 1,)
+};
 
 #define OTKD_FAST_DECLARE_SINKHORN(ISA)                                           \
     namespace ISA {                                                               \
@@ -62,6 +83,12 @@ int64_t history_stride(const SinkhornArgs<T>& args) {
     void sinkhorn_bwd(const SinkhornArgs<double>&);                               \
     int64_t sinkhorn_workspace_bytes(const SinkhornArgs<float>&, bool backward);  \
     int64_t sinkhorn_workspace_bytes(const SinkhornArgs<double>&, bool backward); \
+    void sinkhorn_ragged_fwd(const SinkhornRaggedArgs<float>&);                   \
+    void sinkhorn_ragged_fwd(const SinkhornRaggedArgs<double>&);                  \
+    void sinkhorn_ragged_bwd(const SinkhornRaggedArgs<float>&);                   \
+    void sinkhorn_ragged_bwd(const SinkhornRaggedArgs<double>&);                  \
+    int64_t sinkhorn_ragged_workspace_bytes(const SinkhornRaggedArgs<float>&, bool backward);  \
+    int64_t sinkhorn_ragged_workspace_bytes(const SinkhornRaggedArgs<double>&, bool backward); \
     }
 OTKD_FAST_DECLARE_SINKHORN(baseline)
 OTKD_FAST_DECLARE_SINKHORN(avx2)

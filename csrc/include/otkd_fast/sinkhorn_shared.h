@@ -10,6 +10,7 @@ namespace otkd_fast {
 template <class T>
 struct SinkhornSharedArgs {
     const T* cost;              // (n, m), +inf allowed
+    bool cost_transposed;       // it is (m, n) in memory; not where its gradient is wanted
     const T* a;                 // (batch, n) or null
     const T* b;                 // (batch, m) or null
     const T* initial_f;         // (batch, n) or null
