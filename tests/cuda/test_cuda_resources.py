@@ -12,6 +12,7 @@ MEASURED = [str(arch) for arch in resources.ARCHITECTURES if str(arch) in TABLE]
 MAY_SPILL = {
     r"(differentiate_tile|solve_tile)<float, Shape<2, 8, 6, 12>>": "96 of 168 registers hold the kernel",
     r"run_backward_phase<double>": "for large problems; once a phase",
+    r"rewrite_rows<double>": "8 bytes, once a row",
     r"(differentiate_tile|solve_tile)<double, .*>": "a double takes two registers",
     r"sinkd_tile<double>": "a double takes two registers",
     r"(differentiate_tile|sinkd_tile)<float(, Shape<1, 8, 4, 16>)?>": "128 registers a thread, with 512 threads",
