@@ -68,8 +68,8 @@ def sinkhorn_points(
         too). ``plan_apply`` computes ``P v`` without P; ``plan()`` makes the matrix.
 
     Raises:
-        TypeError, ValueError: as :func:`otkd_fast.cost_matrix` for the points and :func:`otkd_fast.sinkhorn` for the
-            rest; no rows; an unknown `storage`.
+        TypeError: as :func:`otkd_fast.cost_matrix` for the points and :func:`otkd_fast.sinkhorn` for the rest.
+        ValueError: likewise; no rows; an unknown `storage`.
         RuntimeError: as :func:`otkd_fast.sinkhorn`.
 
     >>> import torch, otkd_fast

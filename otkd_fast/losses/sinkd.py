@@ -83,11 +83,12 @@ def sinkd(
         Raw outputs, no softmax: ``D_ij = |t_i - s_j|``, plan of mass b, rows = teacher.
 
     ``variant="released"`` follows the authors' code where it differs from the paper:
-    batch: rows = student, columns = teacher, times 0.001;
-    sample: 1 x 1 problems whose plan is 1, thus ``0.001 sum_i ||s_i - t_i||_1`` (that code had ``temperature`` 1);
-    regression: a softmax over one output is constant, so that the loss is identically 0 (returned exactly, attached
-        to the graph);
-    flattened: does not exist (ValueError).
+
+    - batch: rows = student, columns = teacher, times 0.001;
+    - sample: 1 x 1 problems whose plan is 1, thus ``0.001 sum_i ||s_i - t_i||_1`` (that code had ``temperature`` 1);
+    - regression: a softmax over one output is constant, so that the loss is identically 0 (returned exactly, attached
+      to the graph);
+    - flattened: does not exist (ValueError).
 
     Args:
         student: logits (b, d), or (..., d) with b rows in all, e.g. tokens; for ``form="regression"`` outputs (b,) or
