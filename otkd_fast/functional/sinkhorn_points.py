@@ -60,8 +60,8 @@ def sinkhorn_points(
         b: (..., m) masses >= 0, or (m,) shared by the batch; None: 1/m each.
         metric: 'l1', 'l2', 'sqeuclidean' or 'cosine'.
         storage: 'auto', 'stored' or 'streamed'.
-        epsilon, num_iters, tol, update_first, gradient, initial_potentials, epsilon_schedule, relaxation,
-            marginal_penalty, backend: as in :func:`otkd_fast.sinkhorn`.
+        epsilon, num_iters, tol, update_first, gradient, backend: as in :func:`otkd_fast.sinkhorn`.
+        initial_potentials, epsilon_schedule, relaxation, marginal_penalty: likewise.
 
     Returns:
         SinkhornResult in the dtype of `x`; float32 for half-precision inputs, which are computed in float32 (the costs
