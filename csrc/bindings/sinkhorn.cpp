@@ -13,7 +13,6 @@ int64_t sinkhorn_workspace_bytes(const Problems& problems, int gradient) {
         using T = decltype(type);
         SinkhornArgs<T> args{};
         set_problems(args, problems);
-        args.together = many_small(args);
         if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
         return kernels().of<T>().sinkhorn_workspace_bytes(args, gradient >= 0);
     });
@@ -24,7 +23,6 @@ void sinkhorn_fwd(const Problems& problems, const Outputs& outputs) {
         using T = decltype(type);
         SinkhornArgs<T> args{};
         set_problems(args, problems);
-        args.together = many_small(args);
         set_outputs(args, outputs);
         kernels().of<T>().sinkhorn_fwd(args);
     });
@@ -35,7 +33,6 @@ void sinkhorn_bwd(const Problems& problems, int gradient, const Gradients& gradi
         using T = decltype(type);
         SinkhornArgs<T> args{};
         set_problems(args, problems);
-        args.together = many_small(args);
         args.gradient = static_cast<Gradient>(gradient);
         args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
         args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));

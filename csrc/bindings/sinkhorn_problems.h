@@ -31,7 +31,8 @@ void set_problems(SinkhornArgs<T>& args, const Problems& problems) {
     args.n = n;
     args.m = m;
     args.num_iters = num_iters;
-    args.keep = static_cast<Keep>(keep);
+    args.keep = static_cast<Keep>(keep & 7);
+    args.together = (keep & 8) != 0;
     args.epsilon = epsilon;
     args.tol = tol;
     args.relaxation = relaxation;

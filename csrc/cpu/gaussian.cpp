@@ -144,7 +144,7 @@ struct SamplesWork {
             times_rows(p, row_step, depth_step, other_factor->factor, ld, d, d, team, ld,
                        [&](Vec<T> sum, int64_t i, int64_t k) { store(image + i * ld + k, sum); });
             team.barrier();
-            if (team.rank == 0) factor->solve(image);
+            if (team.rank == (first ? 0 : team.size - 1)) factor->solve(image);  // who factorized it knows its rank
             team.barrier();
             times_rows(own.rows, ld, int64_t{1}, factor->image, ld, own.n, d, team, ld, put);
         }

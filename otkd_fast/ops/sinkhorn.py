@@ -24,6 +24,7 @@ KEEP = {
 _HEADER = 2
 _FORWARD = -1
 _SMALL_SIDE, _FEW_PROBLEMS = 32, 4
+_TOGETHER = 8  # set in what the native module is told to keep, where it solves many problems at a time
 
 
 def history_size(n: int, m: int, num_iters: int, keep: int, together: bool = False) -> int:
@@ -69,8 +70,23 @@ def _fwd_fake(
     update_a_first: bool, keep: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *batch, n, m = cost.shape
+    together = cost.device.type == "cpu" and many_small(batch, n, m, penalty_a, penalty_b)
+    return _outputs(cost, num_iters, keep, together)
+
+
+def _fwd_fake_apart(
+    cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What kernels allocate that keep every iteration of every problem: those of a GPU."""
+    return _outputs(cost, num_iters, keep, together=False)
+
+
+def _outputs(cost: Tensor, num_iters: int, keep: int, together: bool) -> tuple[Tensor, ...]:
+    *batch, n, m = cost.shape
     transport_cost, regularized_cost, marginal_error = (cost.new_empty(batch) for _ in range(3))
-    size = history_size(n, m, num_iters, keep, many_small(batch, n, m, penalty_a, penalty_b))
+    size = history_size(n, m, num_iters, keep, together)
     history = cost.new_empty((*batch, size), dtype=torch.float64)
     return (
         transport_cost, regularized_cost, cost.new_empty((*batch, n)), cost.new_empty((*batch, m)), marginal_error,
@@ -81,12 +97,12 @@ def _fwd_fake(
 def _fwd_cpu(
     cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
-    update_a_first: bool, keep: int,
+    update_a_first: bool, keep: int, together: bool | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    outputs = _fwd_fake(
-        cost, a, b, initial_f, initial_g, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first,
-        keep,
-    )  # fmt: skip
+    """`together`: whether many problems are solved at a time; None: by their sizes."""
+    if together is None:
+        together = many_small(cost.shape[:-2], *cost.shape[-2:], penalty_a, penalty_b)
+    outputs = _outputs(cost, num_iters, keep, together)
     transport_cost, regularized_cost, f, g, marginal_error, iterations, history = outputs
     if not update_a_first:
         cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
@@ -94,7 +110,8 @@ def _fwd_cpu(
     if marginal_error.numel():
         operands = tuple(contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g))
         options = (epsilon, tol, relaxation, penalty_a, penalty_b)
-        problems, scratch = _with_workspace(_problems(operands, history, num_iters, keep, options), _FORWARD)
+        told = keep | (_TOGETHER if together else 0)
+        problems, scratch = _with_workspace(_problems(operands, history, num_iters, told, options), _FORWARD)
         results = (transport_cost, regularized_cost, f, g, marginal_error, iterations)
         native.sinkhorn_fwd(problems, tuple(address(tensor) for tensor in results))
     return outputs
@@ -118,15 +135,21 @@ def _bwd_cpu(
     cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
     grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
-    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool, together: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not update_a_first:
         cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
         penalty_a, penalty_b, need_a, need_b = penalty_b, penalty_a, need_b, need_a
     *batch, n, m = cost.shape
-    together = many_small(batch, n, m, penalty_a, penalty_b)
-    if history.shape[-1] != history_size(n, m, num_iters, KEEP[gradient], together):
-        raise ValueError(f"history: expected that of a forward with keep={KEEP[gradient]}, got {tuple(history.shape)}")
+    keep = KEEP[gradient]
+    sizes = {t: history_size(n, m, num_iters, keep, t) for t in (False, True)}
+    if history.shape[-1] not in sizes.values():
+        raise ValueError(f"history: expected that of a forward with keep={keep}, got {tuple(history.shape)}")
+    # vmap may have changed the number of problems since the forward: the history tells how they were solved
+    if together is None:
+        together = many_small(batch, n, m, penalty_a, penalty_b)
+    if sizes[True] != sizes[False]:
+        together = history.shape[-1] == sizes[True]
     grads = (
         cost.new_empty(cost.shape if need_cost else (0,)),
         cost.new_empty((*batch, n) if need_a else (0,)),
@@ -138,7 +161,8 @@ def _bwd_cpu(
         incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
         options = (epsilon, 0.0, 1.0, penalty_a, penalty_b)
         mode = GRADIENTS[gradient]
-        problems, scratch = _with_workspace(_problems(operands, history, num_iters, KEEP[gradient], options), mode)
+        told = keep | (_TOGETHER if together else 0)
+        problems, scratch = _with_workspace(_problems(operands, history, num_iters, told, options), mode)
         native.sinkhorn_bwd(problems, mode, tuple(address(tensor) for tensor in (*incoming, *grads)))
     if update_a_first:
         return grads
@@ -152,7 +176,7 @@ def _fwd_cuda(
     update_a_first: bool, keep: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     options = (epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep)
-    outputs = _fwd_fake(cost, a, b, initial_f, initial_g, *options)
+    outputs = _outputs(cost, num_iters, keep, together=False)
     forward_on_device(outputs, cost, a, b, initial_f, initial_g, *options)
     return outputs
 
@@ -248,6 +272,7 @@ _library.register(
     _fwd_cpu,
     cuda=_fwd_cuda,
     triton="sinkhorn:sinkhorn_fwd",
+    triton_fake=_fwd_fake_apart,
 )
 _library.register(
     "sinkhorn_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "

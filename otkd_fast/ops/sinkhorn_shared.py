@@ -67,7 +67,7 @@ def _triton_fwd_fake(
     """The Triton kernels keep a history as that of ``sinkhorn`` for each problem."""
     per_problem = cost.expand(_batch(a, b), *cost.shape), a, b, initial_f, initial_g
     options = epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep
-    return sinkhorn._fwd_fake(*per_problem, *options)
+    return sinkhorn._fwd_fake_apart(*per_problem, *options)
 
 
 class _History:
@@ -170,7 +170,7 @@ def _solve_dense(outputs, parts, chunk, operands, options) -> None:
     """The problems `chunk` by the solver of :mod:`.sinkhorn`, results and history put into place."""
     cost, *per_problem = operands
     costs = cost.expand(len(chunk), *cost.shape)
-    found = sinkhorn._fwd_cpu(costs, *(None if t is None else t[chunk] for t in per_problem), *options)
+    found = sinkhorn._fwd_cpu(costs, *(None if t is None else t[chunk] for t in per_problem), *options, together=False)
     for output, value in zip(outputs[:6], found[:6], strict=True):
         output[chunk] = value
     if parts is not None:
@@ -259,7 +259,7 @@ def _differentiate_dense(grads, parts, chunk, cost, per_problem, options) -> Non
     _, num_iters, *_, gradient, _, _, _ = options
     size = sinkhorn.history_size(*cost.shape, num_iters, sinkhorn.KEEP[gradient])
     history = parts.scalings_apart()[chunk, :size]
-    found = sinkhorn._bwd_cpu(costs, a, b, initial_f, initial_g, history, *incoming, *options)
+    found = sinkhorn._bwd_cpu(costs, a, b, initial_f, initial_g, history, *incoming, *options, together=False)
     if grads[0].numel():
         grads[0].add_(found[0].sum(0))
     for grad, value in zip(grads[1:], found[1:], strict=True):
