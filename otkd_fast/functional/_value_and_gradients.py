@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._values import values_readable
 from ._autograd import distinct, keep_signature, mapped, needs_function, transformed
 
 Compute = Callable[[Tensor, Tensor, bool, bool], tuple[Tensor, Tensor | None, Tensor | None]]
@@ -52,7 +53,7 @@ class _ValueAndGradients(torch.autograd.Function):
         x, y, grad_x, grad_y = ctx.saved_tensors
         if transformed():
             grads = _Scaled.apply(x, y, grad_x, grad_y, grad, ctx.op)
-        elif grad.device.type == "cpu" and not torch.compiler.is_compiling() and bool((grad == 1).all()):
+        elif values_readable(grad) and bool((grad == 1).all()):
             grads = grad_x, grad_y  # the copy would cost more than the look
         else:
             grads = _scaled(grad_x, grad_y, grad)

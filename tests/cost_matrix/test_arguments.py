@@ -45,7 +45,7 @@ def rows(*shape, dtype=torch.float32, device="cpu"):
             ("x:", "feature", "softmax_temperature", "(3, 0)"),
         ),
         ({"backend": "numpy"}, ValueError, ("backend:", "'reference'", "'numpy'")),
-        ({"backend": "triton"}, RuntimeError, ("'triton'", "cost_matrix", "not written")),
+        ({"backend": "cuda"}, RuntimeError, ("'cuda'", "cost_matrix", "not available")),
     ],
 )
 def test_wrong_argument(changes, error, words):

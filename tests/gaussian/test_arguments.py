@@ -33,7 +33,7 @@ def check(function, arguments, changes, error, words):
         ({"unbiased": 1}, TypeError, ("unbiased:", "bool", "int")),
         ({"x": ones(1, 4), "unbiased": True}, ValueError, ("x:", "two rows", "(1, 4)")),
         ({"backend": "numpy"}, ValueError, ("backend:", "'numpy'")),
-        ({"backend": "triton"}, RuntimeError, ("'triton'", "not written")),
+        ({"backend": "cuda"}, RuntimeError, ("'cuda'", "not available")),
     ],
 )
 def test_from_samples(changes, error, words):

@@ -31,7 +31,10 @@ def test_every_case_runs_on_the_compiled_backend(python, installed):
     cases = {(row["op"], row["case"], row["dtype"]) for row in rows if row["backend"] == "cpu"}
     metrics = ("l1", "l2", "sqeuclidean", "cosine", "l1 of softmax")
     expected = {("cost_matrix", m) for m in metrics} | {("sinkd", "SinKD")}
-    expected |= {(op, "unroll") for op in ("sinkhorn", "sinkhorn_shared", "sinkhorn_points")}
+    expected |= {(op, "unroll") for op in ("sinkhorn", "sinkhorn_shared", "sinkhorn_ragged", "sinkhorn_points")}
+    expected |= {("polar", "nuclear norm"), ("sqrtm", "d = 8"), ("sqrtm", "d = 40")}
+    expected |= {("gaussian_wasserstein", "few samples"), ("gaussian_wasserstein", "many samples")}
+    expected |= {("feature_moments", "2 x 2 windows")}
     assert cases == {(*case, dtype) for case in expected for dtype in ("float32", "float64")}
     assert all(row["error"] is None and row["forward"] < 1e-5 and row["gradient"] < 1e-5 for row in rows)
 

@@ -60,7 +60,7 @@ WRONG = [
     ({"gradient": "auto"}, ValueError, ("gradient:", "'unroll'", "'implicit'", "'auto'")),
     ({"gradient": None}, TypeError, ("gradient:", "'unroll'", "NoneType")),
     ({"backend": "numpy"}, ValueError, ("backend:", "'reference'", "'numpy'")),
-    ({"backend": "cuda"}, RuntimeError, ("'cuda'", "sinkhorn", "not written")),
+    ({"backend": "cuda"}, RuntimeError, ("'cuda'", "sinkhorn", "not available")),
     ({"tol": 0.0}, ValueError, ("tol:", "> 0", "0.0")),
     ({"tol": -1.0}, ValueError, ("tol:", "> 0", "-1.0")),
     ({"tol": INF}, ValueError, ("tol:", "finite", "inf")),

@@ -59,7 +59,7 @@ POINTS_ONLY = [
     ({"initial_potentials": (torch.zeros(4), None)}, ValueError, ("initial_potentials", "(3,)", "(4,)")),
     ({"initial_potentials": (None, torch.zeros(3))}, ValueError, ("initial_potentials", "(4,)", "(3,)")),
     ({"gradient": "detach", "a": mass(3).requires_grad_()}, ValueError, ("a:", "detach")),
-    ({"relaxation": 1.5}, ValueError, ("relaxation", "unroll")),
+    ({"relaxation": 1.5, "x": points(3, 2).requires_grad_()}, ValueError, ("relaxation", "unroll")),
 ]
 DIVERGENCE_ONLY = [
     ({"gradient": "detach"}, ValueError, ("gradient:", "'envelope'", "'detach'")),
