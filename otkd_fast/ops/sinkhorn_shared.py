@@ -277,7 +277,7 @@ def _fwd_cuda(
     outputs = _fwd_fake(cost, a, b, initial_f, initial_g, *options)
     *results, history = outputs
     if keep:
-        history = _History(history, cost, _batch(a, b), num_iters, keep).apart
+        history = _History(history, cost, _batch(a, b), num_iters, keep).scalings_apart()
     sinkhorn.forward_on_device((*results, history), cost, a, b, initial_f, initial_g, *options)
     return outputs
 
@@ -294,7 +294,7 @@ def _bwd_cuda(
     batch, (n, m) = _batch(a, b), cost.shape
     grad_cost = cost.new_zeros((n, m) if need_cost else (0,))
     grad_a, grad_b = cost.new_empty((batch, n) if need_a else (0,)), cost.new_empty((batch, m) if need_b else (0,))
-    history = _History(history.contiguous(), cost, batch, num_iters, sinkhorn.KEEP[gradient]).apart
+    history = _History(history.contiguous(), cost, batch, num_iters, sinkhorn.KEEP[gradient]).scalings_apart()
     chunk = max(1, 4 * CHUNK_ENTRIES // cost.numel()) if need_cost else max(batch, 1)
     for begin in range(0, batch, chunk):
         part = slice(begin, min(begin + chunk, batch))
