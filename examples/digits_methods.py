@@ -122,17 +122,17 @@ def wcord(features: Tensor, labels: Tensor) -> Callable[[Step], Tensor]:
 METHODS: dict[str, Method] = {
     "cross-entropy": Method(0.0, lambda features, labels: lambda step: step.student.logits.sum()),
     "KL": Method(1.0, kl),
-    "SinKD": Method(0.8, on_logits(losses.SinKD(reduction="mean"))),
-    "WKD-L": Method(1.0, wkd_logit),
-    "WKD-F": Method(1.0, wkd_feature("diagonal")),
-    "WKD-F full": Method(1.0, wkd_feature("full")),
+    "SinKD": Method(0.08, on_logits(losses.SinKD(reduction="mean"))),
+    "WKD-L": Method(0.1, wkd_logit),
+    "WKD-F": Method(0.1, wkd_feature("diagonal")),
+    "WKD-F full": Method(0.1, wkd_feature("full")),
     "WKL": Method(1.0, wkl),
-    "KD2M W2": Method(1.0, on_features(losses.KD2M(metric="w2", solver="sinkhorn", epsilon=0.1))),
-    "KD2M CW2": Method(1.0, on_features(losses.KD2M(metric="cw2", solver="sinkhorn", epsilon=0.1, num_classes=10))),
-    "KD2M W2 Gaussian": Method(1.0, on_features(losses.KD2M(metric="w2_gaussian"))),
-    "KD2M W2 Gaussian, full": Method(1.0, on_features(losses.KD2M(metric="w2_gaussian", covariance="full"))),
-    "KD2M MMD": Method(1.0, on_features(losses.KD2M(metric="mmd", kernel="rbf"))),
-    "WCoRD": Method(1.0, wcord),
+    "KD2M W2": Method(0.1, on_features(losses.KD2M(metric="w2", solver="sinkhorn", epsilon=0.1))),
+    "KD2M CW2": Method(3.0, on_features(losses.KD2M(metric="cw2", solver="sinkhorn", epsilon=0.1, num_classes=10))),
+    "KD2M W2 Gaussian": Method(0.1, on_features(losses.KD2M(metric="w2_gaussian"))),
+    "KD2M W2 Gaussian, full": Method(0.1, on_features(losses.KD2M(metric="w2_gaussian", covariance="full"))),
+    "KD2M MMD": Method(0.1, on_features(losses.KD2M(metric="mmd", kernel="rbf"))),
+    "WCoRD": Method(3.0, wcord),
 }
 
 
