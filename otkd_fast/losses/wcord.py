@@ -118,7 +118,7 @@ class WCoRD(nn.Module):
 
     Verified from public sources: dual form for the global part, an objective that bounds mutual information from below,
     the primal form for the local part; spectral normalisation, CRD's banks and negatives and the weights 0.8 and 0.05
-    are as secondary sources describe the paper. Not verified: the critic's form, the weight of the negatives, and what
+    are recollections of the paper, not verified; nor are the critic's form, the weight of the negatives, and what
     :func:`wcord_local` says.
 
     Args:

@@ -170,8 +170,12 @@ def test_start(gradient, range_, generator):
             check(problem, OPTIONS[name], dtypes=dtypes_of(range_), range_=range_, start=start, **options)
 
 
-# not 'auto': near the end of its iterations omega follows ratios of errors that rounding decides
-@pytest.mark.parametrize("name", ["plain", "tol", "penalties", "relaxation"])
+AUTO_IS_OFF = pytest.mark.xfail(
+    strict=False, reason="a float64 potential is off by 1.1e-11, the table allows 1e-12; cause not proven"
+)
+
+
+@pytest.mark.parametrize("name", ["plain", "tol", "penalties", "relaxation", pytest.param("auto", marks=AUTO_IS_OFF)])
 def test_tiny_masses(name, generator):
     """Masses of a sharp softmax, down to 1e-30, between them exact zeros, beside forbidden pairs."""
     for range_ in (10, 100):
@@ -181,19 +185,29 @@ def test_tiny_masses(name, generator):
         )
         a[:, 0], b[:, 0] = 1e-30, 1e-29
         problem = (cost, a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True))
-        for gradient in ("envelope", "detach") if name == "relaxation" else ("envelope", "detach", "last_step"):
+        relaxed = name in ("relaxation", "auto")
+        for gradient in ("envelope", "detach") if relaxed else ("envelope", "detach", "last_step"):
             check(problem, OPTIONS[name], range_=range_, gradient=gradient, generator=generator)
 
 
-@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-@pytest.mark.parametrize("range_", RANGES)
+STOPS_LATE = pytest.mark.xfail(strict=False, reason="stops after 8 iterations where the error reported after 7 is met")
+
+
+@pytest.mark.parametrize(
+    ("range_", "dtype"),
+    [
+        pytest.param(range_, dtype, marks=STOPS_LATE if (range_, dtype) == (10, F32) else (), id=f"{range_}-{dtype}")
+        for range_ in RANGES
+        for dtype in (F64, F32)
+    ],
+)
 def test_stopped_loop_is_the_loop_of_that_length(range_, dtype, generator):
     """In every bit, with its history and its gradient."""
     for n, m in ((9, 13), (130, 120)):
         problem = random_problem(n, m, generator=generator).to(dtype)
         start = (None, None)
         fixed = forward(problem, start, 1 / range_, DEFAULT | {"num_iters": 7}, True, KEEP["unroll"])
-        stopping = DEFAULT | {"num_iters": 40, "tol": 1.2 * float(fixed[4])}  # errors near rounding are not equal
+        stopping = DEFAULT | {"num_iters": 40, "tol": 1.0001 * float(fixed[4])}
         stopped = forward(problem, start, 1 / range_, stopping, True, KEEP["unroll"])
         ran = int(stopped[5])
         assert 1 <= ran <= 7 and stopped[4] <= stopping["tol"]
