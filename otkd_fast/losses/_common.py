@@ -189,6 +189,15 @@ def check_num_items(num_items_in_batch: int | Tensor | None, reduction: str) -> 
     return number
 
 
+def refuse_num_items(num_items_in_batch: int | Tensor | None, reason: str) -> None:
+    """For losses that are no sums over their rows: the parts of a batch do not add up to it, whatever divides."""
+    if num_items_in_batch is not None:
+        raise ValueError(
+            f"num_items_in_batch: expected None, got {num_items_in_batch}: {reason}, so the values of a batch's parts "
+            "do not add up to that of the batch (multiply each by its share of the rows for an average of the parts)"
+        )
+
+
 def reduce_rows(
     values: Tensor,
     mask: Tensor | None,

@@ -63,16 +63,16 @@ def test_masks_and_reductions(backend):
     x[0, 2], x[2, 3], y[1, 1] = float("nan"), float("inf"), float("nan")
     options = {"epsilon": 0.5, "gradient": "unroll", "backend": backend}
     each = [sinkhorn_divergence_loss(x[k][mask[k]], y[k][other[k]], **options) for k in (0, 1)]
-    rows = sinkhorn_divergence_loss(x, y, mask, other, reduction="none", **options)
+    rows = sinkhorn_divergence_loss(x, y, mask, None, other, reduction="none", **options)
     torch.testing.assert_close(rows, torch.stack([*each, torch.zeros_like(each[0])]), rtol=1e-9, atol=1e-12)
     for reduction, expected in (("mean", sum(each) / 2), ("sum", sum(each)), ("batchmean", sum(each) / 3)):
         loss = SinkhornDivergenceLoss(reduction=reduction, **options)
-        value, gradient = value_and_gradient(loss, x, y, mask, other)
+        value, gradient = value_and_gradient(loss, x, y, mask, None, other)
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
         assert gradient.isfinite().all() and not gradient[~mask].any()
     both = sinkhorn_divergence_loss(x[:2], y[:2], mask[:2] & other[:2], **options)
     torch.testing.assert_close(
-        both, sinkhorn_divergence_loss(x[:2], y[:2], mask[:2] & other[:2], mask[:2] & other[:2], **options)
+        both, sinkhorn_divergence_loss(x[:2], y[:2], mask[:2] & other[:2], teacher_mask=mask[:2] & other[:2], **options)
     )
     assert sinkhorn_divergence_loss(x[:0], y[:0], **options).item() == 0.0
     assert sinkhorn_divergence_loss(x, y[:, :0], **options).item() == 0.0

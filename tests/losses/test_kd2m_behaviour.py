@@ -70,10 +70,6 @@ def test_ignored_labels_are_left_out(name):
 def test_no_row_left_is_zero(name):
     student, teacher = cases.features(8, 8, 4)
     student[2] = float("nan")
-    if name == "kl_gaussian":  # all rows alike have variance 0
-        with pytest.raises(ValueError, match="variances"):
-            loss_of(name)(student, teacher, torch.zeros(8, dtype=torch.bool))
-        return
     mask = torch.zeros(8, dtype=torch.bool)
     value, gradients = value_and_gradient(lambda x, y: loss_of(name)(x, y, mask), student, teacher)
     assert value == 0 and all(g.abs().max() == 0 for g in gradients)
