@@ -98,8 +98,9 @@ def kd2m(
 
     ``variant="released"`` follows the authors' code where it differs: cw2 and cw2_gaussian are summed over the classes,
     not averaged (unless `reduction` says otherwise). jw2: the feature cost is that between students, ``|x_i - x_j|^2``
-    divided by its largest value and constant; L is taken on raw outputs, or is 0 without outputs, and beta is not used: the features then get no
-    gradient at all. kl_gaussian: 1e-9 is added to the standard deviations that are divided by.
+    divided by its largest value and constant; L is taken on raw outputs, or is 0 without outputs, and beta is not
+    used: the features then get no gradient at all. kl_gaussian: 1e-9 is added to the standard deviations that are
+    divided by.
 
     Args:
         student_features: (n, d); teacher_features: (m, d), m = n where labels or outputs are used. float16, bfloat16,
