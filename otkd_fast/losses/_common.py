@@ -7,6 +7,7 @@ costs nothing (ordinary CPU tensors): elsewhere what is wrong makes its row NaN,
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import NamedTuple
 
@@ -142,6 +143,21 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 def poison(values: Tensor, wrong: Tensor | None) -> Tensor:
     """`values` with NaN in the rows that are `wrong` (None: none is)."""
     return values if wrong is None else torch.where(wrong, torch.nan, values)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast is off inside, on devices that know it."""
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def nan_rows(*rows: Tensor) -> Tensor | None:
+    """bool (N,): which rows of the tensors (N, d) hold a NaN; None where none does and this is known.
+
+    Operators that take probabilities as masses would take a NaN for an error, or for no mass.
+    """
+    bad = sum(x.detach().sum(-1) for x in rows).isnan()
+    return None if values_readable(bad) and not bad.any() else bad
 
 
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from ..functional.cost_matrix import cost_matrix
 from ..functional.gaussian import gaussian_wasserstein_from_samples
 from ..functional.gaussian_kl import gaussian_kl, gaussian_kl_diagonal
 from ..functional.sinkhorn import sinkhorn
-from ._common import one_hot
+from ._common import one_hot, without_autocast
 from ._exact import class_assignment, exact_plan
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _root(variance: Tensor) -> Tensor:
 
 def _moments_of_classes(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """For each row (n, d) the moments of its class; deviations are squared, so that a large mean is harmless."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         mean = share @ x
         return mean, _root(share @ (x - mean).square())
 
@@ -245,7 +245,7 @@ def _as_full_sample(x: Tensor, mass: Tensor) -> Tensor:
 
 
 def _mean_and_covariance(x: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = x.double()
         mean = _mean(x, mass.double())
         rows = (x - mean) * mass.double().sqrt()[:, None]
@@ -287,7 +287,7 @@ def _label_cost(batch: Batch, options: _Options) -> Tensor:
         metric = {"euclidean": "l2"}.get(options.label_cost, "sqeuclidean")
         return cost_matrix(student, teacher, metric=metric, backend=options.backend)
     log_student = torch.log_softmax(batch.student_outputs, -1)
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student):
         if options.label_cost == "cross_entropy":
             return -log_student @ teacher.mT
         probabilities = log_student.exp()

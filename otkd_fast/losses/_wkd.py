@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..functional._validate import check_choice, check_tensor, positive_float, positive_int
 from ..functional.sinkhorn import sinkhorn
-from ._common import check_backend
+from ._common import check_backend, nan_rows, poison, without_autocast
 
 VARIANTS = ("released", "paper")
 GRADIENTS = ("unroll", "last_step", "implicit")
@@ -89,10 +89,14 @@ def transport_term(student: Tensor, teacher: Tensor, target: Tensor | None, cost
     columns = probabilities(teacher, options.temperature, target)
     if options.variant == "released":
         return _guarded(rows, columns, target, cost, options)
-    return sinkhorn(
+    bad = nan_rows(rows, columns)
+    if bad is not None:
+        rows, columns = (torch.where(bad.unsqueeze(-1), 1 / x.shape[-1], x) for x in (rows, columns))
+    value = sinkhorn(
         cost, rows, columns, epsilon=options.epsilon, num_iters=options.num_iters, update_first="b",
         gradient=options.gradient, backend=options.backend,
     ).transport_cost  # fmt: skip
+    return poison(value, bad)
 
 
 def _guarded(rows: Tensor, columns: Tensor, target: Tensor | None, cost: Tensor, options: Transport) -> Tensor:
@@ -100,7 +104,7 @@ def _guarded(rows: Tensor, columns: Tensor, target: Tensor | None, cost: Tensor,
 
     Two products (N, C) x (C, C) an iteration for the whole batch, kept by autograd: 2 num_iters N C numbers.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows):
         support = rows.shape[-1] - (target is not None)
         u = torch.full_like(rows, 1 / support)
         if target is not None:

@@ -144,8 +144,10 @@ def _loss(student, teacher, mask, num_items_in_batch, teacher_mask, options: _Op
     for name, features in (("student_features", student), ("teacher_features", teacher)):
         check_tensor(name, features, 2, "(..., n, d)")
     check_device("teacher_features", teacher, "student_features", student)
+    if student.shape[-1] == 0:
+        raise ValueError(f"student_features: expected (..., n, d) with d >= 1, got shape {tuple(student.shape)}")
     batch = student.shape[:-2]
-    if teacher.shape[:-2] != batch or teacher.shape[-1] != student.shape[-1] or student.shape[-1] == 0:
+    if teacher.shape[:-2] != batch or teacher.shape[-1] != student.shape[-1]:
         raise ValueError(
             "teacher_features: expected the leading axes and the features of student_features, "
             f"{tuple(student.shape)}, got {tuple(teacher.shape)}"

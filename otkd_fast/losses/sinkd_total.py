@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from ..functional._validate import not_negative_float, positive_float
-from ._common import at_least_float32, check_labels, check_mask, kept_rows, one_hot, overwrite, poison, reduce_rows
+from ._common import (
+    at_least_float32,
+    check_labels,
+    check_mask,
+    check_num_items,
+    kept_rows,
+    one_hot,
+    overwrite,
+    poison,
+    reduce_rows,
+)
 from ._wkl import kl_term
 from .schedules import check_share
 from .sinkd import SinKD
@@ -69,8 +79,11 @@ def sinkd_total(
     elif not isinstance(transport, SinKD):
         raise TypeError(f"transport: expected a SinKD or None, got {type(transport).__name__}")
     options = transport._options
+    num_items_in_batch = check_num_items(num_items_in_batch, options.reduction)
     alpha = check_share("alpha", (1.0 if teacher is None else 0.9) if alpha is None else alpha)
     beta, kl_temperature = not_negative_float("beta", beta), positive_float("kl_temperature", kl_temperature)
+    if isinstance(student, Tensor) and student.is_floating_point():
+        (student,) = at_least_float32(student)  # so that the terms' gradients are not added in half precision
     if options.form == "regression":
         rows = _squares(student, teacher, labels, mask, alpha)
         distance = transport(student, teacher, mask, num_items_in_batch)

@@ -254,7 +254,7 @@ class WCoRD(nn.Module):
                 ``local_weight=0``, where the loss is a sum over rows.
         """
         num_items_in_batch = self._check(student_features, teacher_features, index, mask, num_items_in_batch)
-        with torch.autocast(student_features.device.type, enabled=False):
+        with _common.without_autocast(student_features):
             student, teacher = _common.overwrite(mask, student_features, teacher_features.detach())
             x, y = _embedded(self.embed_student, student), _embedded(self.embed_teacher, teacher)
             if x.shape[0] == 0:
