@@ -96,7 +96,7 @@ def test_diagnostics():
     log.update(student[:5], teacher[:5], labels[:5], 0.8)
     mask = torch.ones(ROWS - 5, dtype=torch.bool)
     mask[2] = False
-    log.update(student[5:].requires_grad_(), teacher[5:], labels[5:], torch.tensor(0.8), mask)
+    log.update(student[5:].requires_grad_(), teacher[5:], labels[5:], torch.tensor(0.8).double(), mask)
     student.detach_()
     kept = torch.arange(ROWS) != 7
     s, t, y = student[kept], teacher[kept], labels[kept]
@@ -117,7 +117,7 @@ def test_diagnostics():
     assert list(actual) == list(expected)
     for name, value in expected.items():
         assert not actual[name].requires_grad
-        torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=0.0)  # the tensor 0.8 is float32
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=0.0)
     log.reset()
     log.update(student[:0], teacher[:0], labels[:0], 0.8)
     assert log.compute()["dwkd"].item() == 0.0
