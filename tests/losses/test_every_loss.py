@@ -126,10 +126,16 @@ def test_exact_transport_waits(name):
         loss(*inputs)
 
 
-@on_device
-@pytest.mark.parametrize(
-    "reduction", ["none", *(pytest.param(word, marks=pytest.mark.slow) for word in ("mean", "batchmean", "sum"))]
-)
+def compiled_cases():
+    """Every loss and reduction. Quick: whole batches without reduction (test_behaviour.py has the losses of rows)."""
+    for name, case in CASES.items():
+        for reduction in ("none", *REDUCTIONS):
+            quick = reduction == "none" and case.parts is None
+            if case.on_device:
+                yield pytest.param(name, reduction, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "reduction"), compiled_cases())
 def test_compiles_in_one_graph(name, reduction):
     case = CASES[name]
     loss, inputs = case.make(reduction=reduction), (*case.inputs(), MASK)
