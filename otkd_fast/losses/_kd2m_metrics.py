@@ -148,13 +148,24 @@ def mmd(batch: Batch, options: _Options) -> Tensor:
     return similarities[0] + similarities[1] - 2 * similarities[2]
 
 
+def kl_gaussian_named(batch: Batch, options: _Options) -> Tensor:
+    """:func:`kl_gaussian` whose errors name the arguments that the caller knows."""
+    try:
+        return kl_gaussian(batch, options)
+    except ValueError as error:
+        raise ValueError(
+            "student_features, teacher_features: a feature that is constant in the batch, or for full covariances too "
+            f"few rows, needs jitter > 0 ({error})"
+        ) from None
+
+
 METRICS = {
     "w2": w2,
     "cw2": cw2,
     "jw2": jw2,
     "w2_gaussian": w2_gaussian,
     "cw2_gaussian": cw2_gaussian,
-    "kl_gaussian": kl_gaussian,
+    "kl_gaussian": kl_gaussian_named,
     "mmd": mmd,
 }
 

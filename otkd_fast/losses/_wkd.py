@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._values import values_readable
 from ..functional._validate import check_choice, check_tensor, positive_float, positive_int
 from ..functional.sinkhorn import sinkhorn
 from ._common import check_backend, nan_rows, poison, without_autocast
@@ -50,6 +51,15 @@ def check_cost(cost: Tensor, classes: int | None = None, names: str = "") -> Non
         raise ValueError(
             f"cost: expected shape {(classes, classes)} for {names} with {classes} classes, got {tuple(cost.shape)}"
         )
+
+
+def check_cost_values(cost: Tensor, variant: str) -> None:
+    """No NaN, and no infinite cost in the released loop (0 times infinity); where values can be read."""
+    if not values_readable(cost):
+        return
+    if cost.isnan().any() or (variant == "released" and cost.isinf().any()):
+        kind = "finite numbers with variant='released'" if variant == "released" else "numbers"
+        raise ValueError(f"cost: expected {kind}, got NaN or infinite ones")
 
 
 def finished_cost(cost: Tensor, kappa: float) -> Tensor:

@@ -77,7 +77,8 @@ def multi_level_ot(
     0.001 A <P_b, D_b>``.
 
     Args:
-        student_logits: (B, L, V), float16, bfloat16, float32 or float64.
+        student_logits: (B, L, V), float16, bfloat16, float32 or float64; finite (an infinite one has no standard
+            deviation: NaN).
         teacher_logits: (B, L, W), same device: the answers' tokens, aligned from their first on.
         mask: bool (B, L), the tokens of the answers; None: all.
         num_items_in_batch: there for the losses' common signature; only None. The columns are those with the largest

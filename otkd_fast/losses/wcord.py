@@ -137,7 +137,7 @@ def wcord_global(
     if not as_rows:
         if reduction != "mean" or mask is not None or num_items_in_batch is not None:
             raise ValueError(
-                f"negative: expected shape {(*positive.shape, 'K')} with K >= 1, its scores for each of positive, "
+                f"negative: expected shape (*{tuple(positive.shape)}, K) with K >= 1, scores for each of positive, "
                 f"got {tuple(negative.shape)}"
             )
         for name, scores in (("positive", positive), ("negative", negative)):

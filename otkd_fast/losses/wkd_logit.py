@@ -171,6 +171,7 @@ class WKDLogit(Loss):
             temperature, gamma, epsilon, num_iters, kappa, variant, gradient, reduction, ignore_index, backend
         )
         _wkd.check_cost(cost)
+        _wkd.check_cost_values(cost, self._options.variant)
         self.register_buffer("cost", _wkd.finished_cost(cost.detach(), self._options.kappa))
 
     def forward(

@@ -135,7 +135,7 @@ def compiled_cases():
                 yield pytest.param(name, reduction, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "reduction"), compiled_cases())
+@pytest.mark.parametrize(("name", "reduction"), list(compiled_cases()))
 def test_compiles_in_one_graph(name, reduction):
     case = CASES[name]
     loss, inputs = case.make(reduction=reduction), (*case.inputs(), MASK)

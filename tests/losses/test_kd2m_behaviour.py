@@ -243,11 +243,13 @@ WRONG_INPUTS = {
     "too few labels": ((S, T, L[:3]), {"metric": "cw2"}, ValueError, "labels"),
     "label too large": ((S, T, L), {"metric": "cw2", "num_classes": 3}, ValueError, r"labels.*\[0, 3\)"),
     "other number of rows": ((S, T[:5], L), {"metric": "cw2"}, ValueError, "teacher_features"),
-    "nan": ((S * float("nan"), T), {}, ValueError, "cost.*finite"),
-    "nan in a class": ((S * float("nan"), T, L), {"metric": "cw2"}, ValueError, "cost.*finite"),
-    "dead feature": ((S * 0, T), {"metric": "kl_gaussian"}, ValueError, "variances"),
-    "few rows for full": ((S[:3], T), {"metric": "kl_gaussian", "covariance": "full"}, ValueError, "positive definite"),
-}
+    "nan": ((S * float("nan"), T), {}, ValueError, "student_features.*finite"),
+    "nan in a class": ((S * float("nan"), T, L), {"metric": "cw2"}, ValueError, "student_features.*finite"),
+    "dead feature": ((S * 0, T), {"metric": "kl_gaussian"}, ValueError, "student_features.*variances.*jitter"),
+    "few rows for full": (
+        (S[:3], T), {"metric": "kl_gaussian", "covariance": "full"}, ValueError, "student_features.*positive definite",
+    ),
+}  # fmt: skip
 WRONG_OPTIONS = {
     "metric": ({"metric": "w3"}, ValueError, "metric"),
     "variant": ({"variant": "arxiv"}, ValueError, "variant"),
