@@ -5,6 +5,8 @@ import torch
 from every_loss import CASES, MASK, ROWS, value_and_gradient
 from torch.utils.checkpoint import checkpoint
 
+from otkd_fast.losses import SinKD, _sinkd_forms
+
 REDUCTIONS = ("mean", "sum", "batchmean")
 every_loss = pytest.mark.parametrize("name", list(CASES))
 on_device = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.on_device])
@@ -117,6 +119,27 @@ def test_waits_for_no_value(name, reduction):
         loss(student, teacher, MASK.to("meta"), torch.empty((), dtype=torch.int64, device="meta"))
 
 
+@pytest.mark.parametrize("banks", [True, False])
+def test_wcord_in_training_waits_for_no_value(banks):
+    """Its banks take in the batch, and its power iteration runs."""
+    loss = CASES["WCoRD" if banks else "WCoRD without banks"].make(reduction="mean").to("meta")
+    loss.loss.train()
+    student, teacher = (x.to("meta") for x in CASES["WCoRD"].inputs())
+    value, gradient = value_and_gradient(loss, student, teacher, MASK.to("meta"))
+    assert value.device.type == "meta" and gradient.shape == student.shape
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_tokens_of_a_long_vocabulary_wait_for_no_value(reduction, monkeypatch):
+    """The form that makes no softmaxed copy, here of a few tokens in bfloat16."""
+    monkeypatch.setattr(_sinkd_forms, "LEAST_STREAMED", 1)
+    student, teacher = (torch.empty(2, 4, 30, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    labels = torch.empty(2, 4, dtype=torch.int64, device="meta")
+    loss = SinKD(reduction=reduction)
+    value, gradient = value_and_gradient(lambda s: loss(s, teacher, labels=labels), student, weights=1)
+    assert value.shape == (() if reduction == "sum" else (2, 4)) and gradient.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["KD2M w2", "KD2M cw2", "KD2M jw2"])
 def test_exact_transport_waits(name):
     """The documented exception, and that the test above sees it."""
@@ -143,6 +166,19 @@ def test_compiles_in_one_graph(name, reduction):
     compiled = torch.compile(loss.__call__, backend="eager", fullgraph=True)
     expected = value_and_gradient(loss, *inputs, weights=1)
     for actual, wanted in zip(value_and_gradient(compiled, *inputs, weights=1), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.on_device and case.parts is not True])
+def test_compiles_with_inductor(name):
+    """The losses of whole batches (test_behaviour.py has those of rows)."""
+    case = CASES[name]
+    loss, inputs = case.make(reduction="mean"), (*case.inputs(), MASK)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss.__call__, fullgraph=True)
+    expected = value_and_gradient(loss, *inputs)
+    for actual, wanted in zip(value_and_gradient(compiled, *inputs), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
 
 
