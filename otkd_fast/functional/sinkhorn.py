@@ -119,8 +119,8 @@ def sinkhorn(
     initial = check_initial_potentials(initial_potentials, batch, *cost.shape[-2:], cost)
     shared = len(batch) + 2 > cost.dim()
     op = "sinkhorn_shared" if shared else "sinkhorn"
-    backend = resolve(op, cost.device, backend)
-    if backend == "reference" or backend == "cuda" and gradient == "implicit":  # no kernels of the linear solve there
+    backend = resolve(op, cost.device, backend, "gradient='implicit'" if gradient == "implicit" else None)
+    if backend == "reference":
         solve = _reference
     else:
         solve = partial(_shared if shared else _dense, backend)
