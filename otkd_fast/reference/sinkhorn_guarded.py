@@ -3,7 +3,7 @@
     K = exp(-C / epsilon);   u = a / (K v + guard_a),   v = b / (K^T u + guard_b);   P = diag(u) K diag(v)
 
 from u = 1, v = 1 on the supports. A guard has the units of K, so it means something only in scalings that are not
-absorbed: entries of K below the smallest number are 0, as in those codes. Little is lost by that, for a scaling does not
+absorbed: entries of K below the smallest number are 0, as in those codes. Little is lost by that: a scaling does not
 exceed mass / guard.
 """
 
