@@ -135,9 +135,9 @@ def _dense(backend, cost, a, b, f, g, options, gradient):
 
 
 def _shared(backend, cost, a, b, f, g, options, gradient):
-    """The op takes one batch axis, and does not differentiate implicitly: that is done on the expanded cost."""
+    """The op takes one batch axis; Triton's does not differentiate implicitly: that is done on the expanded cost."""
     batch = (b if a is None else a).shape[:-1]
-    if gradient == "implicit":
+    if gradient == "implicit" and backend == "triton":
         return _dense(backend, cost.expand(*batch, *cost.shape), a, b, f, g, options, gradient)
     if len(batch) == 1:
         return compiled.solve("shared", backend, cost, a, b, f, g, options, gradient)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _library, sinkhorn
 from ._library import address, contiguous, native
+from ._sinkhorn_shared_implicit import implicit_gradients, unpacked_scalings
 
 FEW = 4  # problems up to which the dense solver is quicker
 LANES = 16  # a multiple of the problems that any instruction set puts side by side
@@ -91,6 +92,17 @@ class _History:
     def scalings_apart(self) -> Tensor:
         """(B, doubles of a problem solved apart)"""
         return self._history[self._rest :].view(self._batch, self.apart_stride)
+
+    def last_scalings(self, solved: Tensor, cost: Tensor, rows_first: bool) -> tuple[Tensor, Tensor]:
+        """x and y of the problems `solved`, of which one iteration is kept, in float64; P = diag(a x) K diag(b y)."""
+        first, second = cost.shape if rows_first else cost.shape[::-1]
+        blocks = self._history[2 * self._batch : self._rest].view(cost.dtype)
+        scalings = unpacked_scalings(blocks, self._batch, first + second).double()
+        if cost.dtype is not torch.float64:
+            apart = (self.method_of() == DOUBLE).unsqueeze(1)
+            scalings = torch.where(apart, self.scalings_apart()[:, : first + second], scalings)
+        x, y = scalings[solved].split((first, second), 1)
+        return (x, y) if rows_first else (y, x)
 
     def place(self, call) -> None:
         """Tells a native call where everything is."""
@@ -212,8 +224,6 @@ def _bwd_cpu(
     grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
     gradient: str, need_cost: bool, need_a: bool, need_b: bool, guard_a: float = 0.0, guard_b: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if gradient == "implicit":
-        raise NotImplementedError("sinkhorn_shared_bwd: no implicit gradient; expand the cost and use sinkhorn_bwd")
     options = (epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b)
     per_problem = (a, b, initial_f, initial_g)
     incoming = (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)
@@ -224,6 +234,11 @@ def _bwd_cpu(
     if batch == 0:
         return grads
     parts = _History(history.contiguous(), cost, batch, num_iters, sinkhorn.KEEP[gradient])
+    if gradient == "implicit":
+        if guard_a != 0 or guard_b != 0:
+            raise ValueError("gradient: expected another than 'implicit' with guards, which no fixed point has")
+        _differentiate_implicitly(grads, parts, cost, per_problem, incoming, options)
+        return grads
     counts = native.sinkhorn_shared_methods(parts.methods, batch)
     for method in (FLOAT, DOUBLE):
         if counts[method]:
@@ -265,6 +280,44 @@ def _differentiate(
     call.backward()
     if need_cost and not update_a_first:
         grads[0].add_(grad_cost.mT)
+
+
+def _differentiate_implicitly(grads, parts, cost, per_problem, incoming, options) -> None:
+    """All of them: those solved on scalings together, the rest by the solver of :mod:`.sinkhorn`.
+
+    The dual value does not change with potentials that have converged: its gradient is the envelope's.
+    """
+    a, b, *_ = per_problem
+    epsilon, _, penalty_a, penalty_b, update_a_first, _, *needs = options
+    for grad in grads:
+        grad.zero_()
+    methods = parts.method_of()
+    solved = (methods != DENSE).nonzero().squeeze(1)
+    if incoming[1] is not None:
+        envelope = (*options[:5], "envelope", *needs, 0.0, 0.0)
+        for method in sorted({*methods[solved].tolist()}):
+            _differentiate(int(method), grads, parts, cost, *per_problem, None, incoming[1], None, None, *envelope)
+    left = (methods == DENSE).nonzero().squeeze(1)
+    for chunk in left.split(max(1, CHUNK_ENTRIES // cost.numel())) if len(left) else ():
+        _differentiate_dense(grads, parts, chunk, cost, (*per_problem, *incoming), options)
+    if len(solved) == 0 or all(incoming[k] is None for k in (0, 2, 3)):
+        return
+    x, y = parts.last_scalings(solved, cost, update_a_first)
+    a, b = (
+        cost.new_full((len(solved), size), 1 / size) if weights is None else weights[solved]
+        for weights, size in zip((a, b), cost.shape, strict=True)
+    )
+    of_transport, _, of_f, of_g = (None if grad is None else grad[solved] for grad in incoming)
+    if update_a_first:
+        sides = (cost, a, b, x, y, of_transport, of_f, of_g, epsilon, penalty_a, penalty_b)
+    else:
+        sides = (cost.mT, b, a, y, x, of_transport, of_g, of_f, epsilon, penalty_b, penalty_a)
+    grad_cost, *of_masses = implicit_gradients(*sides, needs[0])
+    if needs[0]:
+        grads[0].add_(grad_cost if update_a_first else grad_cost.mT)
+    for grad, value in zip(grads[1:], of_masses if update_a_first else of_masses[::-1], strict=True):
+        if grad.numel():
+            grad[solved] += value.to(grad.dtype)
 
 
 def _differentiate_dense(grads, parts, chunk, cost, per_problem, options) -> None:
