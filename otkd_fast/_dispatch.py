@@ -57,6 +57,14 @@ KERNELS = {
     ),
 }
 
+# (op, what a call asks of it) -> backends whose kernels do not have it: the reference runs in place of them, also where
+# they are named
+WITHOUT = {
+    ("sinkhorn", "gradient='implicit'"): ("cuda",),
+    ("sinkhorn_shared", "gradient='implicit'"): ("cuda",),
+    ("sinkhorn_shared", "guards"): ("cuda", "triton"),
+}
+
 _VARIABLE = "OTKD_FAST_BACKEND"
 _DEFAULT = os.environ.get(_VARIABLE) or "auto"
 _current = contextvars.ContextVar("otkd_fast_backend", default=_DEFAULT)
@@ -116,8 +124,8 @@ def _choices() -> dict[tuple[str, str, str], str]:
 _CHOICES = _choices()
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
-    """Name of the backend that runs `op` on tensors on `device`.
+def resolve(op: str, device: torch.device, backend: str | None = None, asks: str | None = None) -> str:
+    """Name of the backend that runs `op` on tensors on `device`; `asks`: what of WITHOUT the call asks for.
 
     Raises:
         ValueError: unknown backend name.
@@ -126,7 +134,9 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
     if backend is None:
         backend = _mirror.name if torch.compiler.is_compiling() else _current.get()
     choice = _CHOICES.get((op, device.type, backend))
-    return choice if choice is not None else _resolve_rarely(op, device.type, backend)
+    if choice is None:
+        choice = _resolve_rarely(op, device.type, backend)
+    return choice if asks is None or choice not in WITHOUT.get((op, asks), ()) else "reference"
 
 
 def _resolve_rarely(op: str, device_type: str, backend: str) -> str:
@@ -214,4 +224,7 @@ def explain(op: str, *tensors: torch.Tensor) -> str:
         if other != choice:
             reason = _reason(op, other, device_type)
             lines.append(f"  {other}: {'available' if reason is None else reason}")
+    for (of, asks), without in WITHOUT.items():
+        if of == op and choice in without:
+            lines.append(f"  with {asks}: 'reference' runs, because the {choice} kernels do not have it")
     return "\n".join(lines)
