@@ -56,13 +56,13 @@ def _fwd_cpu(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
     if A.numel() == 0:
         return S, aux
     problems, code, kind, threads = _library.product(batch), _library.dtype_code(A), KERNELS[algorithm], _threads()
-    unsolved = torch.empty(problems, dtype=torch.uint8)
-    scratch = _library.workspace(native.sqrtm_workspace(code, d, kind, threads, False))
+    size = native.sqrtm_workspace(code, d, kind, threads, False)
+    scratch = _library.workspace(size + problems)  # the work, then a mark for each matrix that is left
+    place = scratch.data_ptr()
     if native.sqrtm_fwd(
-        code, A.data_ptr(), S.data_ptr(), aux.data_ptr(), unsolved.data_ptr(), scratch.data_ptr(), problems, d,
-        inverse, kind, threads,
-    ):  # fmt: skip
-        rest = unsolved.nonzero().squeeze(-1)
+        code, A.data_ptr(), S.data_ptr(), aux.data_ptr(), place + size, place, problems, d, inverse, kind, threads
+    ):
+        rest = scratch[size : size + problems].nonzero().squeeze(-1)
         S.view(-1, d, d)[rest] = reference.sqrtm_fwd(A.view(-1, d, d)[rest], inverse, "eigh")[0]
         _mark_singular(aux, rest, algorithm)
     return S, aux
@@ -92,13 +92,14 @@ def _bwd_cpu(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, alg
     if A.numel() == 0:
         return grad_A
     problems, code, kind, threads = _library.product(batch), _library.dtype_code(A), KERNELS[algorithm], _threads()
-    unsolved = torch.empty(problems, dtype=torch.uint8)
-    scratch = _library.workspace(native.sqrtm_workspace(code, d, kind, threads, True))
+    size = native.sqrtm_workspace(code, d, kind, threads, True)
+    scratch = _library.workspace(size + problems)
+    place = scratch.data_ptr()
     if native.sqrtm_bwd(
-        code, S.data_ptr(), aux.data_ptr(), grad.data_ptr(), grad_A.data_ptr(), unsolved.data_ptr(),
-        scratch.data_ptr(), problems, d, inverse, kind, threads,
+        code, S.data_ptr(), aux.data_ptr(), grad.data_ptr(), grad_A.data_ptr(), place + size, place, problems, d,
+        inverse, kind, threads,
     ):  # fmt: skip
-        rest = unsolved.nonzero().squeeze(-1)
+        rest = scratch[size : size + problems].nonzero().squeeze(-1)
         A, S, grad = (operand.view(-1, d, d)[rest] for operand in (A, S, grad))
         grad_A.view(-1, d, d)[rest] = reference.sqrtm_bwd(A, S, aux, grad, inverse, "polar")
     return grad_A
