@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +20,14 @@ MAX_VALUE_ERROR = 1e-5
 MAX_GRADIENT_ERROR = 1e-3
 # Seconds of a call: beyond the first it is timed twice, beyond the second once.
 SLOW, VERY_SLOW = 0.4, 2.0
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what other packages print and warn of at their first call; errors come through."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def forward_backward(function: Function, x: Tensor, y: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,8 +123,9 @@ def measure(
     results, ready = {}, {}
     for peer in peers:
         try:
-            function = peer.build(size)
-            results[peer.name] = check(peer, function, expected, inputs, peer.oracle and peer.oracle(size))
+            with quiet():
+                function = peer.build(size)
+                results[peer.name] = check(peer, function, expected, inputs, peer.oracle and peer.oracle(size))
             ready[peer.name] = function
         except Unavailable as error:
             results[peer.name] = {"skipped": str(error)}

@@ -219,7 +219,7 @@ def line_of(case: dict) -> str:
         if name != "otkd_fast" and key in row:
             parts.append(f"{name} {row[key] / ours:.1f} x")
         elif name != "otkd_fast":
-            parts.append(f"{name} {'WRONG' if 'wrong' in row else 'skipped'}")
+            parts.append(f"{name} {'WRONG' if 'wrong' in row else 'skipped' if 'skipped' in row else 'forward only'}")
     return f"{case['op']} {case['size']}: {ours:.3g} ms; {', '.join(parts)}"
 
 
