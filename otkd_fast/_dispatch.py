@@ -49,6 +49,7 @@ KERNELS = {
         "cost_matrix",
         "sinkhorn",
         "sinkhorn_shared",
+        "sinkhorn_ragged",
         "sinkhorn_points",
         "sinkd",
         "polar",

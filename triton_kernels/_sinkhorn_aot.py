@@ -9,13 +9,15 @@ import torch
 from . import _sinkhorn_large as large
 from ._runtime import SIGNATURE_DTYPES, TL_DTYPES, AotCase
 
-_SIZES = ("n", "m", "d", "width", "num_iters", "step", "problems", "together")
+_SIZES = (
+    "n", "m", "d", "width", "num_iters", "step", "problems", "together", "packed_n", "packed_m", "entries", "slots",
+)  # fmt: skip
 _DOUBLES = (
     "history", "scratch", "adjoint_f", "adjoint_g", "own", "other", "kept", "kept_before", "omega_at", "previous_at",
     "phi",
     "gamma", "rows", "columns", "mass", "spent", "potentials_n", "potentials_m", "f_bar", "g_bar", "transport_at",
     "value_at",
-    "adjoint", "start",
+    "adjoint", "start", "work",
 )  # fmt: skip
 _FLOATS = ("epsilon", "tol", "omega", "lambda_a", "lambda_b", "drop_a", "drop_b", "factor", "exponent")
 _DOUBLE_OUT = ("back_half", "point_gradient", "applied_gradient")
@@ -28,7 +30,7 @@ def _type(kernel: str, name: str, dtype: torch.dtype, metric: int) -> str:
         return "i32"
     if name in ("running", "steps"):
         return "*i32:16"
-    if name == "count":
+    if name in ("count", "starts", "row_offsets", "column_offsets"):
         return "*i64:16"
     if name == "wide_at" and metric >= 0:
         return "*i32:16" if dtype == torch.float32 else "*i64:16"
