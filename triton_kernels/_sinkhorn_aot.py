@@ -42,7 +42,7 @@ def _type(kernel: str, name: str, dtype: torch.dtype, metric: int) -> str:
 def case(
     name: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any], absent: tuple[str,
     ...] = (),
-    **keywords: bool,
+    **keywords: bool | str,
 ) -> AotCase:  # fmt: skip
     """`absent`: the arguments that are None."""
     launch = dict(launch)
@@ -68,9 +68,9 @@ def tiles(
     sizes = {"METRIC": metric, "BN": rows, "BM": columns} if metric != NO_METRIC else {"BN": rows, "BM": columns}
     kind = {-1: "", 0: " l1", 1: " l2", 2: " square"}[metric if metric != NO_METRIC else -1]
     what = f"{kernel_name}{kind} {SIGNATURE_DTYPES[dtype]}"
-    spills = kernel_name in ("columns' gradient", "cost gradient")  # a few bytes on one architecture
+    launch = large.GRADIENT_LAUNCH if "gradient" in kernel_name else large.LAUNCH
     constants = {"DATA": TL_DTYPES[dtype]} | constants | sizes
-    return case(what, kernel, dtype, constants, large.LAUNCH, absent, may_spill=spills)
+    return case(what, kernel, dtype, constants, launch, absent)
 
 
 NO_METRIC = -2

@@ -26,7 +26,7 @@ def small_tiles(monkeypatch):
     """So that a few tiny problems meet each kernel, and several blocks with a tail."""
     from otkd_fast.triton_kernels import sinkhorn_ragged
 
-    monkeypatch.setattr(sinkhorn_ragged, "CLASSES", (2, 4))
+    monkeypatch.setattr(sinkhorn_ragged, "CLASSES", {F32: (2, 4), F64: (2, 4)})
     monkeypatch.setattr(sinkhorn_ragged, "ROWS", 4)
     monkeypatch.setattr(sinkhorn_ragged, "COLUMNS", 4)
 
@@ -119,7 +119,7 @@ def test_the_tiles_that_are_launched(monkeypatch, generator):
     """One of the dense sizes, and none beyond what the packed rows and columns can need."""
     from otkd_fast.triton_kernels import sinkhorn_ragged
 
-    monkeypatch.setattr(sinkhorn_ragged, "CLASSES", (16, 32, 64))
+    monkeypatch.setattr(sinkhorn_ragged, "CLASSES", {F32: (16, 32, 64)})
     sides = [
         [(launch["LN"], launch["BN"]) for launch in sinkhorn_ragged._launches(*sizes, F32, False) if launch["CHIP"]]
         for sizes in ((3, 16), (17, 1), (100, 200))
