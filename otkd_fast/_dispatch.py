@@ -53,9 +53,19 @@ KERNELS = {
         "sinkhorn_points",
         "sinkd",
         "polar",
+        "sqrtm",
         "gaussian_wasserstein",
         "feature_moments",
     ),
+}
+
+# where the kernels of a backend leave a case to the reference, for `explain`
+_LEFT_TO_REFERENCE = {
+    ("sqrtm", "triton"): "matrices beyond 64 x 64: eigenvalues by PyTorch, as the reference",
+    ("sinkhorn_ragged", "triton"): "gradient='implicit': its linear solve is the reference's, problem by problem",
+    ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
+    ("sinkhorn_shared", "triton"): "gradient='implicit': its linear solve is the reference's, on the expanded cost",
+    ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"
@@ -211,6 +221,8 @@ def explain(op: str, *tensors: torch.Tensor) -> str:
     except RuntimeError as error:
         choice = None
         lines = [f"{op} on {device_type} tensors: the call fails, because {error}"]
+    if (op, choice) in _LEFT_TO_REFERENCE:
+        lines.append(f"  but {_LEFT_TO_REFERENCE[op, choice]}")
     for other in NAMES[1:]:
         if other != choice:
             reason = _reason(op, other, device_type)
