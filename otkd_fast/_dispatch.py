@@ -49,9 +49,11 @@ KERNELS = {
         "cost_matrix",
         "sinkhorn",
         "sinkhorn_shared",
+        "sinkhorn_ragged",
         "sinkhorn_points",
         "sinkd",
         "polar",
+        "sqrtm",
         "gaussian_wasserstein",
         "feature_moments",
     ),
@@ -65,6 +67,15 @@ WITHOUT = {
     ("sinkhorn_shared", "guards"): ("cuda", "triton"),
 }
 
+# where the kernels of a backend leave a part of a case to the reference, for `explain`
+_LEFT_TO_REFERENCE = {
+    ("sqrtm", "triton"): "matrices beyond 64 x 64: eigenvalues by PyTorch, as the reference",
+    ("sinkhorn_ragged", "triton"): "gradient='implicit': its linear solve is the reference's, problem by problem",
+    ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
+    ("sinkhorn_shared", "triton"): "gradient='implicit': its linear solve is the reference's",
+    ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
+}
+
 _VARIABLE = "OTKD_FAST_BACKEND"
 _DEFAULT = os.environ.get(_VARIABLE) or "auto"
 _current = contextvars.ContextVar("otkd_fast_backend", default=_DEFAULT)
@@ -73,7 +84,8 @@ _current = contextvars.ContextVar("otkd_fast_backend", default=_DEFAULT)
 class _Mirror(threading.local):
     """The same name once more for torch.compile, which cannot read a ContextVar but guards on this attribute."""
 
-    name = _DEFAULT
+    def __init__(self) -> None:  # once a thread: torch 2.11 guards on attributes of the instance only
+        self.name = _DEFAULT
 
 
 _mirror = _Mirror()
@@ -220,6 +232,8 @@ def explain(op: str, *tensors: torch.Tensor) -> str:
     except RuntimeError as error:
         choice = None
         lines = [f"{op} on {device_type} tensors: the call fails, because {error}"]
+    if (op, choice) in _LEFT_TO_REFERENCE:
+        lines.append(f"  but {_LEFT_TO_REFERENCE[op, choice]}")
     for other in NAMES[1:]:
         if other != choice:
             reason = _reason(op, other, device_type)

@@ -1,7 +1,8 @@
 """Packed problems of different sizes (kernels: ``csrc/cpu/sinkhorn_ragged.cpp``, ``csrc/cpu/ragged.cpp``).
 
 ``sinkhorn_ragged_fwd`` and ``_bwd`` solve them, ``cost_matrix_ragged_fwd`` and ``_bwd`` take the costs between points.
-Columns first is the transposed problem, as in ``ops/sinkhorn.py``. Offsets are int64.
+Columns first is the transposed problem, as in ``ops/sinkhorn.py``. Offsets are int64. On CUDA tensors (Triton) their
+values are not read on the host: a problem whose offsets do not fit the tensors gets NaN.
 """
 
 from __future__ import annotations
@@ -196,6 +197,7 @@ _library.register(
     "float penalty_b, bool update_a_first, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    triton="sinkhorn_ragged:sinkhorn_ragged_fwd",
 )
 _library.register(
     "sinkhorn_ragged_bwd(Tensor cost, Tensor a, Tensor b, Tensor? initial_f, Tensor? initial_g, Tensor row_offsets, "
@@ -204,16 +206,19 @@ _library.register(
     "bool update_a_first, str gradient, bool need_cost, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
+    triton="sinkhorn_ragged:sinkhorn_ragged_bwd",
 )
 _library.register(
     "cost_matrix_ragged_fwd(Tensor x, Tensor y, Tensor row_offsets, Tensor column_offsets, int entries, str metric) "
     "-> Tensor",
     _cost_fwd_fake,
     _cost_fwd_cpu,
+    triton="cost_matrix_ragged:cost_matrix_ragged_fwd",
 )
 _library.register(
     "cost_matrix_ragged_bwd(Tensor x, Tensor y, Tensor row_offsets, Tensor column_offsets, Tensor cost, "
     "Tensor grad_cost, str metric, bool need_x, bool need_y) -> (Tensor, Tensor)",
     _cost_bwd_fake,
     _cost_bwd_cpu,
+    triton="cost_matrix_ragged:cost_matrix_ragged_bwd",
 )

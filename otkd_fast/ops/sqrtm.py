@@ -109,13 +109,23 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+def _fwd_fake_triton(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
+    """As the reference allocates, which its adjoint can go on from."""
+    *batch, d, _ = A.shape
+    shape = (*batch, d + 2, d) if algorithm in ("auto", "jacobi", "eigh") else (0,)
+    return A.new_empty(A.shape), A.new_empty(shape, dtype=torch.float64)
+
+
 _library.register(
     "sqrtm_fwd(Tensor A, bool inverse, str algorithm) -> (Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    triton="sqrtm:sqrtm_fwd",
+    triton_fake=_fwd_fake_triton,
 )
 _library.register(
     "sqrtm_bwd(Tensor A, Tensor S, Tensor aux, Tensor grad, bool inverse, str algorithm) -> Tensor",
     _bwd_fake,
     _bwd_cpu,
+    triton="sqrtm:sqrtm_bwd",
 )
