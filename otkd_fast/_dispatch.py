@@ -44,7 +44,15 @@ KERNELS = {
         "gaussian_wasserstein",
         "feature_moments",
     ),
-    "cuda": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkd"),
+    "cuda": (
+        "cost_matrix",
+        "sinkhorn",
+        "sinkhorn_shared",
+        "sinkd",
+        "polar",
+        "gaussian_wasserstein",
+        "feature_moments",
+    ),
     "triton": (
         "cost_matrix",
         "sinkhorn",

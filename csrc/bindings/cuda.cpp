@@ -3,6 +3,11 @@
 // once more, on an emulator.
 #include "otkd_fast/cuda.h"
 
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+
 #include "sinkhorn_problems.h"
 
 namespace otkd_fast {
@@ -123,6 +128,90 @@ void loss_and_gradient(int dtype, const Sinkd& call, const Place& place) {
     with_type(dtype, [&](auto type) { cuda::sinkd_value_and_grad(sinkd_args<decltype(type)>(call), target_of(place)); });
 }
 
+// matrix, polar, nuclear_norm, workspace; batch, n, m; steps
+using Polar = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int>;
+// x, y, value, grad_x, grad_y, workspace; batch, n, m, d; unbiased
+using Samples = std::tuple<Address, Address, Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, bool>;
+// x, mean, std, grad_mean, grad_std, grad_x, workspace; outer, sizes, grids, inner; unbiased, eps
+using Axes = std::array<int64_t, kMomentAxes>;
+using Moments = std::tuple<Address, Address, Address, Address, Address, Address, Address, int64_t, Axes, Axes, int64_t, bool, double>;
+
+template <class T>
+PolarArgs<T> polar_args(const Polar& call) {
+    PolarArgs<T> args{};
+    Address matrix, polar, nuclear_norm, workspace;
+    std::tie(matrix, polar, nuclear_norm, workspace, args.batch, args.n, args.m, args.steps) = call;
+    args.matrix = pointer<T>(matrix);
+    args.polar = pointer<T>(polar);
+    args.nuclear_norm = pointer<T>(nuclear_norm);
+    args.workspace = pointer<unsigned char>(workspace);
+    return args;
+}
+
+int64_t polar_workspace(int dtype, const Polar& call, const Place& place) {
+    return with_type(dtype, [&](auto type) { return cuda::polar_workspace_bytes(polar_args<decltype(type)>(call), target_of(place)); });
+}
+
+void polar_forward(int dtype, const Polar& call, const Place& place) {
+    with_type(dtype, [&](auto type) { cuda::polar_fwd(polar_args<decltype(type)>(call), target_of(place)); });
+}
+
+template <class T>
+GaussianSamplesArgs<T> samples_args(const Samples& call) {
+    GaussianSamplesArgs<T> args{};
+    Address x, y, value, grad_x, grad_y, workspace;
+    std::tie(x, y, value, grad_x, grad_y, workspace, args.batch, args.n, args.m, args.d, args.unbiased) = call;
+    args.x = pointer<T>(x);
+    args.y = pointer<T>(y);
+    args.value = pointer<T>(value);
+    args.grad_x = pointer<T>(grad_x);
+    args.grad_y = pointer<T>(grad_y);
+    args.workspace = pointer<unsigned char>(workspace);
+    return args;
+}
+
+int64_t samples_workspace(int dtype, const Samples& call, const Place& place) {
+    return with_type(dtype, [&](auto type) {
+        return cuda::gaussian_samples_workspace_bytes(samples_args<decltype(type)>(call), target_of(place));
+    });
+}
+
+void samples_value_and_gradients(int dtype, const Samples& call, const Place& place) {
+    with_type(dtype, [&](auto type) { cuda::gaussian_samples(samples_args<decltype(type)>(call), target_of(place)); });
+}
+
+template <class T>
+FeatureMomentsArgs<T> moments_args(const Moments& call) {
+    FeatureMomentsArgs<T> args{};
+    Address x, mean, std, grad_mean, grad_std, grad_x, workspace;
+    Axes sizes, grids;
+    std::tie(x, mean, std, grad_mean, grad_std, grad_x, workspace, args.outer, sizes, grids, args.inner, args.unbiased, args.eps) = call;
+    args.x = pointer<T>(x);
+    args.mean = pointer<T>(mean);
+    args.std = pointer<T>(std);
+    args.grad_mean = pointer<T>(grad_mean);
+    args.grad_std = pointer<T>(grad_std);
+    args.grad_x = pointer<T>(grad_x);
+    args.workspace = pointer<unsigned char>(workspace);
+    std::copy(sizes.begin(), sizes.end(), args.size);
+    std::copy(grids.begin(), grids.end(), args.grid);
+    return args;
+}
+
+int64_t moments_workspace(int dtype, const Moments& call) {
+    return with_type(dtype, [&](auto type) {
+        return cuda::feature_moments_workspace_bytes(moments_args<decltype(type)>(call), std::get<5>(call) != 0);
+    });
+}
+
+void moments_forward(int dtype, const Moments& call, const Place& place) {
+    with_type(dtype, [&](auto type) { cuda::feature_moments_fwd(moments_args<decltype(type)>(call), target_of(place)); });
+}
+
+void moments_backward(int dtype, const Moments& call, const Place& place) {
+    with_type(dtype, [&](auto type) { cuda::feature_moments_bwd(moments_args<decltype(type)>(call), target_of(place)); });
+}
+
 }  // namespace
 
 void bind_cuda(pybind11::module_& module) {
@@ -134,6 +223,13 @@ void bind_cuda(pybind11::module_& module) {
     module.def("sinkhorn_bwd", &solve_backward);
     module.def("sinkd_workspace", &loss_workspace);
     module.def("sinkd_value_and_grad", &loss_and_gradient);
+    module.def("polar_workspace", &polar_workspace);
+    module.def("polar_fwd", &polar_forward);
+    module.def("gaussian_samples_workspace", &samples_workspace);
+    module.def("gaussian_samples", &samples_value_and_gradients);
+    module.def("feature_moments_workspace", &moments_workspace);
+    module.def("feature_moments_fwd", &moments_forward);
+    module.def("feature_moments_bwd", &moments_backward);
 }
 
 }  // namespace otkd_fast

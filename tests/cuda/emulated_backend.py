@@ -8,9 +8,12 @@ from pathlib import Path
 import build_emulated
 import pytest
 
-from otkd_fast.functional import _sinkhorn_function, cost_matrix, sinkd
+from otkd_fast.functional import _sinkhorn_function, cost_matrix, gaussian, moments, polar, sinkd
 from otkd_fast.ops import _library, sinkhorn, sinkhorn_shared
 from otkd_fast.ops import cost_matrix as cost_matrix_op
+from otkd_fast.ops import gaussian as gaussian_op
+from otkd_fast.ops import moments as moments_op
+from otkd_fast.ops import polar as polar_op
 from otkd_fast.ops import sinkd as sinkd_op
 
 
@@ -30,6 +33,10 @@ def replace(emulated, monkeypatch):
     monkeypatch.setitem(cost_matrix._FORWARD, "cpu", cost_matrix_op._fwd_cuda)
     monkeypatch.setitem(cost_matrix._BACKWARD, "cpu", cost_matrix_op._bwd_cuda)
     monkeypatch.setitem(sinkd._VALUE_AND_GRAD, "cpu", sinkd_op._cuda)
+    monkeypatch.setitem(polar._FORWARD, "cpu", polar_op._cuda)
+    monkeypatch.setitem(gaussian._FROM_SAMPLES, "cpu", gaussian_op._cuda)
+    monkeypatch.setitem(moments._FWD, "cpu", moments_op._fwd_cuda)
+    monkeypatch.setitem(moments._BWD, "cpu", moments_op._bwd_cuda)
 
 
 @pytest.fixture(autouse=True)

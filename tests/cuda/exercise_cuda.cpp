@@ -135,6 +135,66 @@ void loss(int64_t n, int64_t m, int64_t d, double epsilon) {
 }
 
 template <class T>
+void factor(int64_t n, int64_t m) {
+    const int64_t batch = 2;
+    Buffer<T> matrix = noise<T>(batch * n * m, -3, 3), polar(batch * n * m), norm(batch);
+    PolarArgs<T> args{};
+    args.matrix = matrix.get();
+    args.polar = polar.get();
+    args.nuclear_norm = norm.get();
+    args.batch = batch;
+    args.n = n;
+    args.m = m;
+    Buffer<unsigned char> memory = workspace(cuda::polar_workspace_bytes(args, kTarget));
+    args.workspace = memory.get();
+    cuda::polar_fwd(args, kTarget);
+    for (Buffer<T>* result : {&polar, &norm}) result->expect_finite("polar");
+}
+
+template <class T>
+void gaussian(int64_t n, int64_t m, int64_t d, double size) {
+    const int64_t batch = 2;
+    Buffer<T> x = noise<T>(batch * n * d, -size, size), y = noise<T>(batch * m * d, -size, size), value(batch);
+    Buffer<T> grad_x(batch * n * d), grad_y(batch * m * d);
+    GaussianSamplesArgs<T> args{};
+    args.x = x.get();
+    args.y = y.get();
+    args.value = value.get();
+    args.grad_x = grad_x.get();
+    args.grad_y = grad_y.get();
+    args.batch = batch;
+    args.n = n;
+    args.m = m;
+    args.d = d;
+    Buffer<unsigned char> memory = workspace(cuda::gaussian_samples_workspace_bytes(args, kTarget));
+    args.workspace = memory.get();
+    cuda::gaussian_samples(args, kTarget);
+    for (Buffer<T>* result : {&value, &grad_x, &grad_y}) result->expect_finite("gaussian");
+}
+
+template <class T>
+void moments(int64_t outer, int64_t rows, int64_t columns, int64_t grid, int64_t inner) {
+    const int64_t entries = outer * rows * columns * inner, cells = outer * grid * grid * inner;
+    Buffer<T> x = noise<T>(entries, -3, 3), mean(cells), std(cells), grad_x(entries);
+    FeatureMomentsArgs<T> args{};
+    args.x = x.get();
+    args.mean = mean.get();
+    args.std = std.get();
+    args.outer = outer;
+    args.inner = inner;
+    const int64_t sizes[] = {1, rows, columns}, grids[] = {1, grid, grid};
+    for (int axis = 0; axis < kMomentAxes; ++axis) args.size[axis] = sizes[axis], args.grid[axis] = grids[axis];
+    cuda::feature_moments_fwd(args, kTarget);
+    args.grad_mean = mean.get();
+    args.grad_std = std.get();
+    args.grad_x = grad_x.get();
+    Buffer<unsigned char> memory = workspace(cuda::feature_moments_workspace_bytes(args, true));
+    args.workspace = memory.get();
+    cuda::feature_moments_bwd(args, kTarget);
+    for (Buffer<T>* result : {&mean, &std, &grad_x}) result->expect_finite("moments");
+}
+
+template <class T>
 void all() {
     for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
         costs<T>(metric, 3, 66, 18, 0);
@@ -153,6 +213,14 @@ void all() {
     loss<T>(18, 35, 20, 0.1);
     loss<T>(6, 7, 9, 0.002);
     loss<T>(3, 130, 5, 0.1);
+    const int64_t matrices[][2] = {{1, 1}, {7, 13}, {34, 20}, {66, 3}, {3, 163}};
+    for (const auto& size : matrices) factor<T>(size[0], size[1]);
+    gaussian<T>(5, 7, 33, 2);
+    gaussian<T>(9, 3, 2, 1e12);
+    gaussian<T>(2, 161, 4, 2);
+    moments<T>(2, 7, 7, 4, 1);
+    moments<T>(2, 30, 9, 2, 1);
+    moments<T>(1, 5, 70, 3, 9);
 }
 
 }  // namespace

@@ -2,6 +2,9 @@
 // enqueued on that stream; nothing is allocated and nothing waits. Failures throw std::runtime_error.
 #pragma once
 #include "otkd_fast/cost_matrix.h"
+#include "otkd_fast/gaussian.h"
+#include "otkd_fast/moments.h"
+#include "otkd_fast/polar.h"
 #include "otkd_fast/sinkd.h"
 #include "otkd_fast/sinkhorn.h"
 
@@ -32,6 +35,23 @@ template <class T>
 int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args, const Target& target);
 template <class T>
 void sinkd_value_and_grad(const SinkdArgs<T>& args, const Target& target);
+
+template <class T>
+int64_t polar_workspace_bytes(const PolarArgs<T>& args, const Target& target);
+template <class T>
+void polar_fwd(const PolarArgs<T>& args, const Target& target);
+
+template <class T>
+int64_t gaussian_samples_workspace_bytes(const GaussianSamplesArgs<T>& args, const Target& target);
+template <class T>
+void gaussian_samples(const GaussianSamplesArgs<T>& args, const Target& target);
+
+template <class T>
+int64_t feature_moments_workspace_bytes(const FeatureMomentsArgs<T>& args, bool backward);
+template <class T>
+void feature_moments_fwd(const FeatureMomentsArgs<T>& args, const Target& target);
+template <class T>
+void feature_moments_bwd(const FeatureMomentsArgs<T>& args, const Target& target);
 
 }  // namespace cuda
 }  // namespace otkd_fast
