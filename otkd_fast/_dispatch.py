@@ -48,6 +48,7 @@ KERNELS = {
         "cost_matrix",
         "sinkhorn",
         "sinkhorn_shared",
+        "sinkhorn_ragged",
         "sinkd",
         "polar",
         "gaussian_wasserstein",

@@ -69,6 +69,17 @@ SinkhornArgs<T> solve_args(const Problems& problems, int gradient) {
     return args;
 }
 
+template <class T>
+void set_gradients(SinkhornArgs<T>& args, const Gradients& gradients) {
+    args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
+    args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
+    args.grad_f = pointer<T>(std::get<2>(gradients));
+    args.grad_g = pointer<T>(std::get<3>(gradients));
+    args.grad_cost = pointer<T>(std::get<4>(gradients));
+    args.grad_a = pointer<T>(std::get<5>(gradients));
+    args.grad_b = pointer<T>(std::get<6>(gradients));
+}
+
 // `gradient` negative: of the forward.
 int64_t solve_workspace(const Problems& problems, int gradient) {
     return with_type(dtype_of(problems), [&](auto type) {
@@ -89,14 +100,98 @@ void solve_backward(const Problems& problems, bool shared_cost, int gradient, co
     with_type(dtype_of(problems), [&](auto type) {
         using T = decltype(type);
         SinkhornArgs<T> args = solve_args<T>(problems, gradient);
-        args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
-        args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
-        args.grad_f = pointer<T>(std::get<2>(gradients));
-        args.grad_g = pointer<T>(std::get<3>(gradients));
-        args.grad_cost = pointer<T>(std::get<4>(gradients));
-        args.grad_a = pointer<T>(std::get<5>(gradients));
-        args.grad_b = pointer<T>(std::get<6>(gradients));
+        set_gradients(args, gradients);
         cuda::sinkhorn_bwd(args, shared_cost, target_of(place));
+    });
+}
+
+// of rows and of columns
+using Offsets = std::tuple<Address, Address>;
+
+template <class T>
+SinkhornRaggedArgs<T> ragged_args(const Problems& problems, const Offsets& offsets, int gradient) {
+    SinkhornRaggedArgs<T> args{};
+    set_problems(args, problems);
+    if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
+    args.row_offsets = pointer<int64_t>(std::get<0>(offsets));
+    args.column_offsets = pointer<int64_t>(std::get<1>(offsets));
+    return args;
+}
+
+int64_t ragged_workspace(const Problems& problems, int gradient) {
+    return with_type(dtype_of(problems), [&](auto type) {
+        return cuda::sinkhorn_ragged_workspace_bytes(ragged_args<decltype(type)>(problems, {}, gradient), gradient >= 0);
+    });
+}
+
+void ragged_forward(const Problems& problems, const Offsets& offsets, const Outputs& outputs, const Place& place) {
+    with_type(dtype_of(problems), [&](auto type) {
+        using T = decltype(type);
+        SinkhornRaggedArgs<T> args = ragged_args<T>(problems, offsets, -1);
+        set_outputs(args, outputs);
+        cuda::sinkhorn_ragged_fwd(args, target_of(place));
+    });
+}
+
+void ragged_backward(const Problems& problems, const Offsets& offsets, int gradient, const Gradients& gradients, const Place& place) {
+    with_type(dtype_of(problems), [&](auto type) {
+        using T = decltype(type);
+        SinkhornRaggedArgs<T> args = ragged_args<T>(problems, offsets, gradient);
+        set_gradients(args, gradients);
+        cuda::sinkhorn_ragged_bwd(args, target_of(place));
+    });
+}
+
+void ragged_transpose(int dtype, Address in, Address out, const Offsets& offsets, int64_t problems, const Place& place) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        cuda::transpose_ragged(pointer<T>(in), pointer<T>(out), pointer<int64_t>(std::get<0>(offsets)),
+                               pointer<int64_t>(std::get<1>(offsets)), problems, target_of(place));
+    });
+}
+
+// x, y, cost, workspace; problems, rows, columns, d, entries; metric
+using Points = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t, int>;
+
+template <class T>
+CostMatrixRaggedArgs<T> points_args(const Points& points, const Offsets& offsets) {
+    CostMatrixRaggedArgs<T> args{};
+    Address x, y, cost, workspace;
+    int64_t entries;
+    int metric;
+    std::tie(x, y, cost, workspace, args.batch, args.n, args.m, args.d, entries, metric) = points;
+    args.x = pointer<T>(x);
+    args.y = pointer<T>(y);
+    args.cost = pointer<T>(cost);
+    args.workspace = pointer<T>(workspace);
+    args.metric = static_cast<Metric>(metric);
+    args.row_offsets = pointer<int64_t>(std::get<0>(offsets));
+    args.column_offsets = pointer<int64_t>(std::get<1>(offsets));
+    return args;
+}
+
+int64_t points_workspace(int dtype, const Points& points) {
+    return with_type(dtype, [&](auto type) {
+        return cuda::cost_matrix_ragged_workspace_bytes(points_args<decltype(type)>(points, {}), std::get<8>(points));
+    });
+}
+
+void points_forward(int dtype, const Points& points, const Offsets& offsets, const Place& place) {
+    with_type(dtype, [&](auto type) {
+        cuda::cost_matrix_ragged_fwd(points_args<decltype(type)>(points, offsets), std::get<8>(points), target_of(place));
+    });
+}
+
+// of the costs; then those of x and y
+void points_backward(int dtype, const Points& points, const Offsets& offsets, const std::tuple<Address, Address, Address>& grads,
+                     const Place& place) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        CostMatrixRaggedArgs<T> args = points_args<T>(points, offsets);
+        args.grad_cost = pointer<T>(std::get<0>(grads));
+        args.grad_x = pointer<T>(std::get<1>(grads));
+        args.grad_y = pointer<T>(std::get<2>(grads));
+        cuda::cost_matrix_ragged_bwd(args, std::get<8>(points), target_of(place));
     });
 }
 
@@ -221,6 +316,13 @@ void bind_cuda(pybind11::module_& module) {
     module.def("sinkhorn_workspace", &solve_workspace);
     module.def("sinkhorn_fwd", &solve_forward);
     module.def("sinkhorn_bwd", &solve_backward);
+    module.def("sinkhorn_ragged_workspace", &ragged_workspace);
+    module.def("sinkhorn_ragged_fwd", &ragged_forward);
+    module.def("sinkhorn_ragged_bwd", &ragged_backward);
+    module.def("ragged_transpose", &ragged_transpose);
+    module.def("cost_matrix_ragged_workspace", &points_workspace);
+    module.def("cost_matrix_ragged_fwd", &points_forward);
+    module.def("cost_matrix_ragged_bwd", &points_backward);
     module.def("sinkd_workspace", &loss_workspace);
     module.def("sinkd_value_and_grad", &loss_and_gradient);
     module.def("polar_workspace", &polar_workspace);

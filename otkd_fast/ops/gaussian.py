@@ -54,9 +54,7 @@ def _cuda(x: Tensor, y: Tensor, unbiased: bool, need_x: bool, need_y: bool) -> t
     call = (x.data_ptr(), y.data_ptr(), *results)
     needed = _library.cuda.gaussian_samples_workspace(code, (*call, 0, *sizes), _library.place(x))
     scratch = _library.cuda_workspace(x, needed)
-    _library.launch(
-        "gaussian_wasserstein", x, "gaussian_samples", code, (*call, scratch.data_ptr(), *sizes)
-    )
+    _library.launch("gaussian_wasserstein", x, "gaussian_samples", code, (*call, scratch.data_ptr(), *sizes))
     return outputs
 
 

@@ -8,8 +8,16 @@ from pathlib import Path
 import build_emulated
 import pytest
 
-from otkd_fast.functional import _sinkhorn_function, cost_matrix, gaussian, moments, polar, sinkd
-from otkd_fast.ops import _library, sinkhorn, sinkhorn_shared
+from otkd_fast.functional import (
+    _sinkhorn_function,
+    _sinkhorn_ragged_function,
+    cost_matrix,
+    gaussian,
+    moments,
+    polar,
+    sinkd,
+)
+from otkd_fast.ops import _library, sinkhorn, sinkhorn_ragged, sinkhorn_shared
 from otkd_fast.ops import cost_matrix as cost_matrix_op
 from otkd_fast.ops import gaussian as gaussian_op
 from otkd_fast.ops import moments as moments_op
@@ -30,6 +38,12 @@ def replace(emulated, monkeypatch):
     for direction, table in (("fwd", _sinkhorn_function._FORWARD), ("bwd", _sinkhorn_function._BACKWARD)):
         monkeypatch.setitem(table["dense"], "cpu", getattr(sinkhorn, f"_{direction}_cuda"))
         monkeypatch.setitem(table["shared"], "cpu", getattr(sinkhorn_shared, f"_{direction}_cuda"))
+    for name in ("_FORWARD", "_BACKWARD", "_COSTS", "_COSTS_BACKWARD"):
+        function = {"_FORWARD": "_fwd", "_BACKWARD": "_bwd", "_COSTS": "_cost_fwd", "_COSTS_BACKWARD": "_cost_bwd"}[
+            name
+        ]
+        table = getattr(_sinkhorn_ragged_function, name)
+        monkeypatch.setitem(table, "cpu", getattr(sinkhorn_ragged, f"{function}_cuda"))
     monkeypatch.setitem(cost_matrix._FORWARD, "cpu", cost_matrix_op._fwd_cuda)
     monkeypatch.setitem(cost_matrix._BACKWARD, "cpu", cost_matrix_op._bwd_cuda)
     monkeypatch.setitem(sinkd._VALUE_AND_GRAD, "cpu", sinkd_op._cuda)

@@ -6,7 +6,7 @@ import torch
 import otkd_fast
 from otkd_fast.testing import assert_close
 
-# shape, dim, grid: few and many positions, short and long inner axes, overlapping windows, axes apart, more axes than threads
+# shape, dim, grid: few and many positions, short and long inner axes, overlapping windows, axes apart
 CASES = [
     ((7, 5), 0, None),
     ((300, 33), 0, None),

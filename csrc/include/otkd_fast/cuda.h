@@ -5,6 +5,7 @@
 #include "otkd_fast/gaussian.h"
 #include "otkd_fast/moments.h"
 #include "otkd_fast/polar.h"
+#include "otkd_fast/ragged.h"
 #include "otkd_fast/sinkd.h"
 #include "otkd_fast/sinkhorn.h"
 
@@ -30,6 +31,23 @@ template <class T>
 void sinkhorn_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
 template <class T>
 void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
+
+// Packed problems: offsets are on the device, too. Of the costs, n and m are the numbers of all rows and all columns.
+template <class T>
+int64_t cost_matrix_ragged_workspace_bytes(const CostMatrixRaggedArgs<T>& args, int64_t entries);
+template <class T>
+void cost_matrix_ragged_fwd(const CostMatrixRaggedArgs<T>& args, int64_t entries, const Target& target);
+template <class T>
+void cost_matrix_ragged_bwd(const CostMatrixRaggedArgs<T>& args, int64_t entries, const Target& target);
+template <class T>
+int64_t sinkhorn_ragged_workspace_bytes(const SinkhornRaggedArgs<T>& args, bool backward);
+template <class T>
+void sinkhorn_ragged_fwd(const SinkhornRaggedArgs<T>& args, const Target& target);
+template <class T>
+void sinkhorn_ragged_bwd(const SinkhornRaggedArgs<T>& args, const Target& target);
+template <class T>
+void transpose_ragged(const T* in, T* out, const int64_t* row_offsets, const int64_t* column_offsets, int64_t problems,
+                      const Target& target);
 
 template <class T>
 int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args, const Target& target);
