@@ -1,4 +1,4 @@
-"""csrc/cuda/sinkhorn_ragged.cu and cost_matrix_ragged.cu on the emulator, against a loop of the reference in float64."""
+"""csrc/cuda/sinkhorn_ragged.cu and cost_matrix_ragged.cu on the emulator, against the reference in float64."""
 
 from contextlib import nullcontext
 
