@@ -51,6 +51,7 @@ KERNELS = {
         "sinkhorn_ragged",
         "sinkd",
         "polar",
+        "sqrtm",
         "gaussian_wasserstein",
         "feature_moments",
     ),

@@ -16,6 +16,7 @@ from otkd_fast.functional import (
     moments,
     polar,
     sinkd,
+    sqrtm,
 )
 from otkd_fast.ops import _library, sinkhorn, sinkhorn_ragged, sinkhorn_shared
 from otkd_fast.ops import cost_matrix as cost_matrix_op
@@ -23,6 +24,7 @@ from otkd_fast.ops import gaussian as gaussian_op
 from otkd_fast.ops import moments as moments_op
 from otkd_fast.ops import polar as polar_op
 from otkd_fast.ops import sinkd as sinkd_op
+from otkd_fast.ops import sqrtm as sqrtm_op
 
 
 def core(config):
@@ -47,6 +49,8 @@ def replace(emulated, monkeypatch):
     monkeypatch.setitem(cost_matrix._FORWARD, "cpu", cost_matrix_op._fwd_cuda)
     monkeypatch.setitem(cost_matrix._BACKWARD, "cpu", cost_matrix_op._bwd_cuda)
     monkeypatch.setitem(sinkd._VALUE_AND_GRAD, "cpu", sinkd_op._cuda)
+    monkeypatch.setattr(sqrtm, "_op_fwd", sqrtm_op._fwd_cuda)
+    monkeypatch.setattr(sqrtm, "_op_bwd", sqrtm_op._bwd_cuda)
     monkeypatch.setitem(polar._FORWARD, "cpu", polar_op._cuda)
     monkeypatch.setitem(gaussian._FROM_SAMPLES, "cpu", gaussian_op._cuda)
     monkeypatch.setitem(moments._FWD, "cpu", moments_op._fwd_cuda)

@@ -8,6 +8,7 @@
 #include "otkd_fast/ragged.h"
 #include "otkd_fast/sinkd.h"
 #include "otkd_fast/sinkhorn.h"
+#include "otkd_fast/sqrtm.h"
 
 namespace otkd_fast {
 namespace cuda {
@@ -58,6 +59,13 @@ template <class T>
 int64_t polar_workspace_bytes(const PolarArgs<T>& args, const Target& target);
 template <class T>
 void polar_fwd(const PolarArgs<T>& args, const Target& target);
+
+// d <= kLargestRoot, SqrtmAlgorithm::jacobi; no workspace, and no matrix is left unsolved.
+constexpr int64_t kLargestRoot = 32;
+template <class T>
+void sqrtm_fwd(const SqrtmArgs<T>& args, const Target& target);
+template <class T>
+void sqrtm_bwd(const SqrtmArgs<T>& args, const Target& target);
 
 template <class T>
 int64_t gaussian_samples_workspace_bytes(const GaussianSamplesArgs<T>& args, const Target& target);
