@@ -44,7 +44,17 @@ KERNELS = {
         "gaussian_wasserstein",
         "feature_moments",
     ),
-    "cuda": ("cost_matrix", "sinkhorn", "sinkhorn_shared", "sinkd"),
+    "cuda": (
+        "cost_matrix",
+        "sinkhorn",
+        "sinkhorn_shared",
+        "sinkhorn_ragged",
+        "sinkd",
+        "polar",
+        "sqrtm",
+        "gaussian_wasserstein",
+        "feature_moments",
+    ),
     "triton": (
         "cost_matrix",
         "sinkhorn",

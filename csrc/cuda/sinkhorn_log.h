@@ -254,20 +254,17 @@ inline bool watches(const SinkhornArgs<T>& args, int64_t k) {
     return args.tol > 0 || (args.relaxation == 0 && (k + 1 == 9 || (k + 1) % 10 == 0));
 }
 
-// A whole solve by one block. `shared`: log_shared_bytes. A call, so that its registers are not those of the tiles.
-template <class T>
-OTKD_CALL void log_solve(const Batch<T>& batch, int64_t index, const T* cost, double* shared) {
-    const Problem<T> p(batch, index, cost, nullptr);
+// All iterations and the plan's sums by one block, after log_start and a barrier. `shared`: log_shared_bytes.
+template <class E, class T>
+OTKD_DEVICE void log_iterate(const Problem<T>& p, double* shared) {
     const Part all{0, 1};
-    log_start(p);
-    barrier();
     for (int64_t k = 0; k < p.args.num_iters; ++k) {
-        log_rows<double>(p, all, k);
+        log_rows<E>(p, all, k);
         barrier();
-        log_columns<double>(p, all, k, shared);
+        log_columns<E>(p, all, k, shared);
         if (p.args.tol > 0 || (p.args.relaxation == 0 && auto_due(k + 1))) {
             barrier();
-            log_plan_rows<double>(p, all);
+            log_plan_rows<E>(p, all);
             barrier();
             log_control(p, k, shared);
             barrier();
@@ -275,8 +272,17 @@ OTKD_CALL void log_solve(const Batch<T>& batch, int64_t index, const T* cost, do
         }
     }
     barrier();
-    log_plan_rows<double>(p, all);
+    log_plan_rows<E>(p, all);
     barrier();
+}
+
+// A whole solve by one block. `shared`: log_shared_bytes. A call, so that its registers are not those of the tiles.
+template <class T>
+OTKD_CALL void log_solve(const Batch<T>& batch, int64_t index, const T* cost, double* shared) {
+    const Problem<T> p(batch, index, cost, nullptr);
+    log_start(p);
+    barrier();
+    log_iterate<double>(p, shared);
     log_finish(p, shared);
 }
 

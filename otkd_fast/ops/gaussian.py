@@ -1,6 +1,7 @@
 """Distances between Gaussians with their gradients, each in one op.
 
-``gaussian_wasserstein_from_samples``: W2^2 between the Gaussians fitted to two samples (``csrc/cpu/gaussian.cpp``).
+``gaussian_wasserstein_from_samples``: W2^2 between the Gaussians fitted to two samples (``csrc/cpu/gaussian.cpp``,
+``csrc/cuda/gaussian.cu``).
 ``bures_distance``: between covariances, from one Cholesky factor and one batch of eigenvalue problems
 (``csrc/cpu/lane_eigen.h``).
 
@@ -24,6 +25,7 @@ _SIDE_BY_SIDE, _FEWEST = 128, 4
 _PIVOT, _SMALLEST_ROOT = 3e-8, 3e-6
 # without the inverse root, products of any rank will do for factors with pivots above this
 _GOOD_PIVOT = 1e-3
+_ROWS_IN_A_BLOCK = 160  # CUDA: larger samples with more rows than features: the d x d problem of their QR factors
 
 
 def _fake(x: Tensor, y: Tensor, unbiased: bool, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,11 +52,30 @@ def _cpu(x: Tensor, y: Tensor, unbiased: bool, need_x: bool, need_y: bool) -> tu
     return outputs
 
 
+def _cuda(x: Tensor, y: Tensor, unbiased: bool, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = x.contiguous(), y.contiguous()
+    n, d, m = *x.shape[-2:], y.shape[-2]
+    value, grad_x, grad_y = outputs = _fake(x, y, unbiased, need_x, need_y)
+    if value.numel() == 0:
+        return outputs
+    if min(n, m) > d and max(n, m) > _ROWS_IN_A_BLOCK:
+        found = reference.wasserstein_from_samples(x, y, unbiased=unbiased, need_x=need_x, need_y=need_y)
+        return tuple(t if got is None else got for t, got in zip(outputs, found, strict=True))
+    code, results = _library.dtype_code(x), tuple(t.data_ptr() if t.numel() else 0 for t in outputs)
+    sizes = (value.numel(), n, m, d, unbiased)
+    call = (x.data_ptr(), y.data_ptr(), *results)
+    needed = _library.cuda.gaussian_samples_workspace(code, (*call, 0, *sizes), _library.place(x))
+    scratch = _library.cuda_workspace(x, needed)
+    _library.launch("gaussian_wasserstein", x, "gaussian_samples", code, (*call, scratch.data_ptr(), *sizes))
+    return outputs
+
+
 _library.register(
     "gaussian_wasserstein_from_samples(Tensor x, Tensor y, bool unbiased, bool need_x, bool need_y) "
     "-> (Tensor, Tensor, Tensor)",
     _fake,
     _cpu,
+    cuda=_cuda,
     triton="gaussian_wasserstein:from_samples",
 )
 

@@ -1,4 +1,5 @@
-"""``feature_moments_fwd`` and ``_bwd``: means and standard deviations over windows (``csrc/cpu/moments.cpp``).
+"""``feature_moments_fwd`` and ``_bwd``: means and standard deviations over windows (``csrc/cpu/moments.cpp``,
+``csrc/cuda/moments.cu``).
 
 The kernel takes up to three axes that lie beside each other; the op brings others to that form.
 """
@@ -81,6 +82,19 @@ def _fwd_cpu(x: Tensor, dim: list[int], grid: list[int], unbiased: bool, eps: fl
     return _restored(mean, order), _restored(std, order)
 
 
+def _fwd_cuda(x: Tensor, dim: list[int], grid: list[int], unbiased: bool, eps: float) -> tuple[Tensor, Tensor]:
+    mean, std = _fwd_fake(x, dim, grid, unbiased, eps)
+    if mean.numel() == 0:
+        return mean, std
+    order, (outer, sizes, counts, inner) = _layout(x, dim, grid)
+    x = _ordered(x, order).contiguous()
+    if order is not None:
+        mean, std = (x.new_empty([part.shape[axis] for axis in order]) for part in (mean, std))
+    call = (x.data_ptr(), mean.data_ptr(), std.data_ptr(), 0, 0, 0, 0, outer, sizes, counts, inner, unbiased, eps)
+    _library.launch("feature_moments", x, "feature_moments_fwd", _library.dtype_code(x), call)
+    return _restored(mean, order), _restored(std, order)
+
+
 def _bwd_cpu(
     x: Tensor, grad_mean: Tensor | None, grad_std: Tensor | None, dim: list[int], grid: list[int], unbiased: bool,
     eps: float,
@@ -99,10 +113,28 @@ def _bwd_cpu(
     return _restored(grad_x, order)
 
 
+def _bwd_cuda(
+    x: Tensor, grad_mean: Tensor | None, grad_std: Tensor | None, dim: list[int], grid: list[int], unbiased: bool,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    order, layout = _layout(x, dim, grid)
+    x, grad_mean, grad_std = (_ordered(tensor, order) for tensor in (x, grad_mean, grad_std))
+    x, grad_mean, grad_std = x.contiguous(), _library.contiguous(grad_mean), _library.contiguous(grad_std)
+    grad_x = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return _restored(grad_x, order)
+    code, call = _library.dtype_code(x), (x.data_ptr(), 0, 0, address(grad_mean), address(grad_std), grad_x.data_ptr())
+    options = (*layout, unbiased, eps)
+    scratch = _library.cuda_workspace(x, _library.cuda.feature_moments_workspace(code, (*call, 0, *options)))
+    _library.launch("feature_moments", x, "feature_moments_bwd", code, (*call, scratch.data_ptr(), *options))
+    return _restored(grad_x, order)
+
+
 _library.register(
     "feature_moments_fwd(Tensor x, int[] dim, int[] grid, bool unbiased, float eps) -> (Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    cuda=_fwd_cuda,
     triton="moments:feature_moments_fwd",
 )
 _library.register(
@@ -110,5 +142,6 @@ _library.register(
     "float eps) -> Tensor",
     _bwd_fake,
     _bwd_cpu,
+    cuda=_bwd_cuda,
     triton="moments:feature_moments_bwd",
 )

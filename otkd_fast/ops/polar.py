@@ -1,4 +1,4 @@
-"""``polar_fwd``: polar factors and nuclear norms (kernels: ``csrc/cpu/polar.cpp``)."""
+"""``polar_fwd``: polar factors and nuclear norms (``csrc/cpu/polar.cpp``, ``csrc/cuda/polar.cu``)."""
 
 from __future__ import annotations
 
@@ -27,4 +27,19 @@ def _cpu(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return P, nuclear_norm
 
 
-_library.register("polar_fwd(Tensor K, int steps) -> (Tensor, Tensor)", _fake, _cpu, triton="polar:polar_fwd")
+def _cuda(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    K = K.contiguous()
+    P, nuclear_norm = _fake(K, steps)
+    if K.numel() == 0:
+        return P, nuclear_norm.zero_()
+    code, results = _library.dtype_code(K), (P.data_ptr(), nuclear_norm.data_ptr())
+    sizes = (nuclear_norm.numel(), *K.shape[-2:], steps)
+    needed = _library.cuda.polar_workspace(code, (0, 0, 0, 0, *sizes), _library.place(K))
+    scratch = _library.cuda_workspace(K, needed)
+    _library.launch("polar", K, "polar_fwd", code, (K.data_ptr(), *results, scratch.data_ptr(), *sizes))
+    return P, nuclear_norm
+
+
+_library.register(
+    "polar_fwd(Tensor K, int steps) -> (Tensor, Tensor)", _fake, _cpu, cuda=_cuda, triton="polar:polar_fwd"
+)

@@ -1,4 +1,5 @@
-"""Packed problems of different sizes (kernels: ``csrc/cpu/sinkhorn_ragged.cpp``, ``csrc/cpu/ragged.cpp``).
+"""Packed problems of different sizes (kernels: ``csrc/cpu/sinkhorn_ragged.cpp``, ``csrc/cpu/ragged.cpp``,
+``csrc/cuda/sinkhorn_ragged.cu``).
 
 ``sinkhorn_ragged_fwd`` and ``_bwd`` solve them, ``cost_matrix_ragged_fwd`` and ``_bwd`` take the costs between points.
 Columns first is the transposed problem, as in ``ops/sinkhorn.py``. Offsets are int64. On CUDA tensors (Triton) their
@@ -47,7 +48,7 @@ class _Call:
         self.count = row_offsets.shape[0] - 1
         self.code = _library.dtype_code(cost)
         sizes = a.shape[0], b.shape[0]
-        native.ragged_check(self._addresses(), self.count, *sizes, cost.shape[0])
+        self._check(*sizes, cost.shape[0])
         self.flipped = not update_a_first
         cost = self.rows_first(cost)
         if self.flipped:
@@ -58,8 +59,17 @@ class _Call:
             self.code, *(address(tensor) for tensor in self.operands), address(history), 0, self.count, *sizes,
             num_iters, keep, epsilon, tol, relaxation, penalty_a, penalty_b, torch.get_num_threads(),
         )  # fmt: skip
-        self.scratch = _library.workspace(native.sinkhorn_ragged_workspace(arguments, self._addresses(), gradient))
+        self.scratch = self._workspace(arguments, gradient)
         self.problems = (*arguments[:7], self.scratch.data_ptr(), *arguments[8:])
+
+    def _check(self, *sizes: int) -> None:
+        native.ragged_check(self._addresses(), self.count, *sizes)
+
+    def _workspace(self, arguments: tuple, gradient: int) -> Tensor:
+        return _library.workspace(native.sinkhorn_ragged_workspace(arguments, self._addresses(), gradient))
+
+    def _run(self, function: str, *arguments) -> None:
+        getattr(native, function)(*arguments)
 
     def _addresses(self) -> tuple[int, int]:
         return self.offsets[0].data_ptr(), self.offsets[1].data_ptr()
@@ -75,17 +85,35 @@ class _Call:
     def _transposed(self, packed: Tensor) -> Tensor:
         packed = packed.contiguous()
         out = torch.empty_like(packed)
-        native.ragged_transpose(self.code, address(packed), address(out), self._addresses(), self.count)
+        self._run("ragged_transpose", self.code, address(packed), address(out), self._addresses(), self.count)
         return out
 
     def forward(self, outputs: tuple[Tensor, ...]) -> None:
-        native.sinkhorn_ragged_fwd(self.problems, self._addresses(), tuple(address(output) for output in outputs))
+        self._run("sinkhorn_ragged_fwd", self.problems, self._addresses(), tuple(map(address, outputs)))
 
     def backward(self, gradient: int, tensors: tuple[Tensor | None, ...]) -> None:
-        native.sinkhorn_ragged_bwd(self.problems, self._addresses(), gradient, tuple(address(t) for t in tensors))
+        self._run("sinkhorn_ragged_bwd", self.problems, self._addresses(), gradient, tuple(map(address, tensors)))
 
 
-def _fwd_cpu(
+class _DeviceCall(_Call):
+    """The same for the CUDA half, which trusts the offsets: they lie on the device."""
+
+    def __init__(self, cost, *rest) -> None:
+        self.like = cost
+        super().__init__(cost, *rest)
+
+    def _check(self, *sizes: int) -> None:
+        pass
+
+    def _workspace(self, arguments: tuple, gradient: int) -> Tensor:
+        return _library.cuda_workspace(self.like, _library.cuda.sinkhorn_ragged_workspace(arguments, gradient))
+
+    def _run(self, function: str, *arguments) -> None:
+        _library.launch("sinkhorn_ragged", self.like, function, *arguments)
+
+
+def _fwd(
+    call_type: type[_Call],
     cost: Tensor, a: Tensor, b: Tensor, initial_f: Tensor | None, initial_g: Tensor | None,
     row_offsets: Tensor, column_offsets: Tensor,
     epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
@@ -95,11 +123,19 @@ def _fwd_cpu(
     tensors = (cost, a, b, initial_f, initial_g, row_offsets, column_offsets)
     outputs = _fwd_fake(*tensors, epsilon, num_iters, *options[1:], update_a_first, keep)
     transport_cost, regularized_cost, f, g, marginal_error, iterations, history = outputs
-    call = _Call(*tensors, history, options, num_iters, keep, update_a_first, _FORWARD)
+    call = call_type(*tensors, history, options, num_iters, keep, update_a_first, _FORWARD)
     if not update_a_first:
         f, g = g, f
     call.forward((transport_cost, regularized_cost, f, g, marginal_error, iterations))
     return outputs
+
+
+def _fwd_cpu(*arguments) -> tuple[Tensor, ...]:
+    return _fwd(_Call, *arguments)
+
+
+def _fwd_cuda(*arguments) -> tuple[Tensor, ...]:
+    return _fwd(_DeviceCall, *arguments)
 
 
 def _bwd_fake(
@@ -113,7 +149,8 @@ def _bwd_fake(
     return tuple(operand.new_empty(operand.shape if need else (0,)) for operand, need in needs)
 
 
-def _bwd_cpu(
+def _bwd(
+    call_type: type[_Call],
     cost: Tensor, a: Tensor, b: Tensor, initial_f: Tensor | None, initial_g: Tensor | None,
     row_offsets: Tensor, column_offsets: Tensor,
     history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
@@ -128,7 +165,7 @@ def _bwd_cpu(
     history = history.contiguous()
     incoming = tuple(map(contiguous, (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)))
     options = (epsilon, 0.0, 1.0, penalty_a, penalty_b)
-    call = _Call(
+    call = call_type(
         cost, a, b, initial_f, initial_g, row_offsets, column_offsets, history, options, num_iters, keep,
         update_a_first, mode,
     )  # fmt: skip
@@ -138,6 +175,16 @@ def _bwd_cpu(
     else:
         call.backward(mode, (*incoming[:2], incoming[3], incoming[2], grad_cost, grad_b, grad_a))
     return call.given_back(grad_cost), grad_a, grad_b
+
+
+def _bwd_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return _bwd(_Call, *arguments)
+
+
+def _bwd_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    if arguments[-4] == "implicit":
+        raise NotImplementedError("sinkhorn_ragged_bwd: no implicit gradient on CUDA; the reference computes it")
+    return _bwd(_DeviceCall, *arguments)
 
 
 def _points(x, y, cost, offsets, metric: str, backward: bool) -> tuple[int, tuple, tuple[int, int], Tensor]:
@@ -171,6 +218,28 @@ def _cost_fwd_cpu(
     return cost
 
 
+def _cost_fwd_cuda(
+    x: Tensor, y: Tensor, row_offsets: Tensor, column_offsets: Tensor, entries: int, metric: str
+) -> Tensor:
+    x, y, *offsets = (tensor.contiguous() for tensor in (x, y, row_offsets, column_offsets))
+    cost = x.new_empty(entries)
+    if entries == 0 or x.shape[1] == 0:
+        return cost.zero_()  # the sum over no features
+    _on_device("cost_matrix_ragged_fwd", x, y, cost, offsets, metric)
+    return cost
+
+
+def _on_device(function: str, x: Tensor, y: Tensor, cost: Tensor, offsets: list[Tensor], metric: str, *grads: Tensor):
+    """Call the CUDA half on packed points; `grads` are the gradients of cost, x and y, which may be empty."""
+    code, addresses = _library.dtype_code(x), tuple(map(address, offsets))
+    sizes = (offsets[0].shape[0] - 1, x.shape[0], y.shape[0], x.shape[1], cost.shape[0], METRICS[metric])
+    needed = _library.cuda.cost_matrix_ragged_workspace(code, (0, 0, 0, 0, *sizes))
+    scratch = _library.cuda_workspace(x, needed)
+    points = (address(x), address(y), address(cost), address(scratch), *sizes)
+    given = (tuple(map(address, grads)),) if grads else ()
+    _library.launch("cost_matrix_ragged", x, function, code, points, addresses, *given)
+
+
 def _cost_bwd_fake(
     x: Tensor, y: Tensor, row_offsets: Tensor, column_offsets: Tensor, cost: Tensor, grad_cost: Tensor, metric: str,
     need_x: bool, need_y: bool,
@@ -191,12 +260,25 @@ def _cost_bwd_cpu(
     return grads
 
 
+def _cost_bwd_cuda(
+    x: Tensor, y: Tensor, row_offsets: Tensor, column_offsets: Tensor, cost: Tensor, grad_cost: Tensor, metric: str,
+    need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, y, *offsets = (tensor.contiguous() for tensor in (x, y, row_offsets, column_offsets))
+    cost, grad_cost = cost.contiguous(), grad_cost.contiguous()
+    grads = _cost_bwd_fake(x, y, *offsets, cost, grad_cost, metric, need_x, need_y)
+    if x.shape[1] and any(grad.numel() for grad in grads):
+        _on_device("cost_matrix_ragged_bwd", x, y, cost, offsets, metric, grad_cost, *grads)
+    return grads
+
+
 _library.register(
     "sinkhorn_ragged_fwd(Tensor cost, Tensor a, Tensor b, Tensor? initial_f, Tensor? initial_g, Tensor row_offsets, "
     "Tensor column_offsets, float epsilon, int num_iters, float tol, float relaxation, float penalty_a, "
     "float penalty_b, bool update_a_first, int keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    cuda=_fwd_cuda,
     triton="sinkhorn_ragged:sinkhorn_ragged_fwd",
 )
 _library.register(
@@ -206,6 +288,7 @@ _library.register(
     "bool update_a_first, str gradient, bool need_cost, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
+    cuda=_bwd_cuda,
     triton="sinkhorn_ragged:sinkhorn_ragged_bwd",
 )
 _library.register(
@@ -213,6 +296,7 @@ _library.register(
     "-> Tensor",
     _cost_fwd_fake,
     _cost_fwd_cpu,
+    cuda=_cost_fwd_cuda,
     triton="cost_matrix_ragged:cost_matrix_ragged_fwd",
 )
 _library.register(
@@ -220,5 +304,6 @@ _library.register(
     "Tensor grad_cost, str metric, bool need_x, bool need_y) -> (Tensor, Tensor)",
     _cost_bwd_fake,
     _cost_bwd_cpu,
+    cuda=_cost_bwd_cuda,
     triton="cost_matrix_ragged:cost_matrix_ragged_bwd",
 )

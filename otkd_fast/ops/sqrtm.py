@@ -1,8 +1,11 @@
-"""``sqrtm_fwd`` and ``sqrtm_bwd``: roots of symmetric positive semidefinite matrices (kernels: ``csrc/cpu/sqrtm.cpp``).
+"""``sqrtm_fwd`` and ``sqrtm_bwd``: roots of symmetric positive semidefinite matrices (kernels: ``csrc/cpu/sqrtm.cpp``,
+``csrc/cuda/sqrtm.cu``).
 
 Which way runs is decided in :func:`chosen`, in one place. The kernels serve definite and, where that needs no
 eigenvalues, semidefinite matrices; those of a batch that they leave (indefinite ones; singular ones in the inverse and
 in the backward) are computed from eigenvalues in float64, as the reference does for 'eigh' and 'newton_schulz' as well.
+On CUDA there is one kernel, of eigenvalues up to d = 32, which leaves none; beyond, and for the other words, the
+reference runs.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ KERNELS = {"jacobi": 0, "polar": 1, "tridiagonal": 2}
 JACOBI_LIMIT = 24
 # sizes up to which eigenvectors in double are worth while, in batches that fill the lanes of two threads or so
 TRIDIAGONAL_LIMIT, TRIDIAGONAL_BATCH = 128, 32
+CUDA_LIMIT = 32
 
 
 def chosen(algorithm: str, A: Tensor) -> str:
@@ -32,6 +36,13 @@ def chosen(algorithm: str, A: Tensor) -> str:
     return "polar"
 
 
+def chosen_on_cuda(algorithm: str, d: int) -> str:
+    """The same on CUDA."""
+    if algorithm in ("auto", "jacobi"):
+        return "jacobi" if d <= CUDA_LIMIT else "eigh"
+    return algorithm
+
+
 def _aux(A: Tensor, algorithm: str) -> Tensor:
     """jacobi, tridiagonal: eigenvectors in rows, square roots of their eigenvalues; polar: bounds of these roots."""
     *batch, d, _ = A.shape
@@ -43,6 +54,9 @@ def _aux(A: Tensor, algorithm: str) -> Tensor:
 
 
 def _fwd_fake(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
+    if A.device.type == "cuda":
+        algorithm = chosen_on_cuda(algorithm, A.shape[-1])
+        return A.new_empty(A.shape), _aux(A, "newton_schulz" if algorithm == "polar" else algorithm)
     return A.new_empty(A.shape), _aux(A, chosen(algorithm, A))
 
 
@@ -105,6 +119,33 @@ def _bwd_cpu(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, alg
     return grad_A
 
 
+def _fwd_cuda(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
+    A = A.contiguous()
+    *batch, d, _ = A.shape
+    algorithm = chosen_on_cuda(algorithm, d)
+    if algorithm != "jacobi":
+        return reference.sqrtm_fwd(A, inverse, algorithm)
+    S, aux = A.new_empty(A.shape), _aux(A, algorithm)
+    if A.numel():
+        call = (A.data_ptr(), S.data_ptr(), aux.data_ptr(), 0, 0, _library.product(batch), d, inverse)
+        _library.launch("sqrtm", A, "sqrtm_fwd", _library.dtype_code(A), call)
+    return S, aux
+
+
+def _bwd_cuda(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, algorithm: str) -> Tensor:
+    A, aux, grad = (operand.contiguous() for operand in (A, aux, grad))
+    *batch, d, _ = A.shape
+    algorithm = chosen_on_cuda(algorithm, d)
+    if algorithm != "jacobi":
+        return reference.sqrtm_bwd(A, S, aux, grad, inverse, algorithm)
+    grad_A = A.new_empty(A.shape)
+    if A.numel():
+        addresses = (0, 0, aux.data_ptr(), grad.data_ptr(), grad_A.data_ptr())
+        call = (*addresses, _library.product(batch), d, inverse)
+        _library.launch("sqrtm", A, "sqrtm_bwd", _library.dtype_code(A), call)
+    return grad_A
+
+
 def _threads() -> int:
     return torch.get_num_threads()
 
@@ -120,6 +161,7 @@ _library.register(
     "sqrtm_fwd(Tensor A, bool inverse, str algorithm) -> (Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    cuda=_fwd_cuda,
     triton="sqrtm:sqrtm_fwd",
     triton_fake=_fwd_fake_triton,
 )
@@ -127,5 +169,6 @@ _library.register(
     "sqrtm_bwd(Tensor A, Tensor S, Tensor aux, Tensor grad, bool inverse, str algorithm) -> Tensor",
     _bwd_fake,
     _bwd_cpu,
+    cuda=_bwd_cuda,
     triton="sqrtm:sqrtm_bwd",
 )

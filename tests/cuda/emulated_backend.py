@@ -8,10 +8,23 @@ from pathlib import Path
 import build_emulated
 import pytest
 
-from otkd_fast.functional import _sinkhorn_function, cost_matrix, sinkd
-from otkd_fast.ops import _library, sinkhorn, sinkhorn_shared
+from otkd_fast.functional import (
+    _sinkhorn_function,
+    _sinkhorn_ragged_function,
+    cost_matrix,
+    gaussian,
+    moments,
+    polar,
+    sinkd,
+    sqrtm,
+)
+from otkd_fast.ops import _library, sinkhorn, sinkhorn_ragged, sinkhorn_shared
 from otkd_fast.ops import cost_matrix as cost_matrix_op
+from otkd_fast.ops import gaussian as gaussian_op
+from otkd_fast.ops import moments as moments_op
+from otkd_fast.ops import polar as polar_op
 from otkd_fast.ops import sinkd as sinkd_op
+from otkd_fast.ops import sqrtm as sqrtm_op
 
 
 def core(config):
@@ -27,9 +40,21 @@ def replace(emulated, monkeypatch):
     for direction, table in (("fwd", _sinkhorn_function._FORWARD), ("bwd", _sinkhorn_function._BACKWARD)):
         monkeypatch.setitem(table["dense"], "cpu", getattr(sinkhorn, f"_{direction}_cuda"))
         monkeypatch.setitem(table["shared"], "cpu", getattr(sinkhorn_shared, f"_{direction}_cuda"))
+    for name in ("_FORWARD", "_BACKWARD", "_COSTS", "_COSTS_BACKWARD"):
+        function = {"_FORWARD": "_fwd", "_BACKWARD": "_bwd", "_COSTS": "_cost_fwd", "_COSTS_BACKWARD": "_cost_bwd"}[
+            name
+        ]
+        table = getattr(_sinkhorn_ragged_function, name)
+        monkeypatch.setitem(table, "cpu", getattr(sinkhorn_ragged, f"{function}_cuda"))
     monkeypatch.setitem(cost_matrix._FORWARD, "cpu", cost_matrix_op._fwd_cuda)
     monkeypatch.setitem(cost_matrix._BACKWARD, "cpu", cost_matrix_op._bwd_cuda)
     monkeypatch.setitem(sinkd._VALUE_AND_GRAD, "cpu", sinkd_op._cuda)
+    monkeypatch.setattr(sqrtm, "_op_fwd", sqrtm_op._fwd_cuda)
+    monkeypatch.setattr(sqrtm, "_op_bwd", sqrtm_op._bwd_cuda)
+    monkeypatch.setitem(polar._FORWARD, "cpu", polar_op._cuda)
+    monkeypatch.setitem(gaussian._FROM_SAMPLES, "cpu", gaussian_op._cuda)
+    monkeypatch.setitem(moments._FWD, "cpu", moments_op._fwd_cuda)
+    monkeypatch.setitem(moments._BWD, "cpu", moments_op._bwd_cuda)
 
 
 @pytest.fixture(autouse=True)

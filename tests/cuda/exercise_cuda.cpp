@@ -135,6 +135,156 @@ void loss(int64_t n, int64_t m, int64_t d, double epsilon) {
 }
 
 template <class T>
+void factor(int64_t n, int64_t m) {
+    const int64_t batch = 2;
+    Buffer<T> matrix = noise<T>(batch * n * m, -3, 3), polar(batch * n * m), norm(batch);
+    PolarArgs<T> args{};
+    args.matrix = matrix.get();
+    args.polar = polar.get();
+    args.nuclear_norm = norm.get();
+    args.batch = batch;
+    args.n = n;
+    args.m = m;
+    Buffer<unsigned char> memory = workspace(cuda::polar_workspace_bytes(args, kTarget));
+    args.workspace = memory.get();
+    cuda::polar_fwd(args, kTarget);
+    for (Buffer<T>* result : {&polar, &norm}) result->expect_finite("polar");
+}
+
+template <class T>
+void gaussian(int64_t n, int64_t m, int64_t d, double size) {
+    const int64_t batch = 2;
+    Buffer<T> x = noise<T>(batch * n * d, -size, size), y = noise<T>(batch * m * d, -size, size), value(batch);
+    Buffer<T> grad_x(batch * n * d), grad_y(batch * m * d);
+    GaussianSamplesArgs<T> args{};
+    args.x = x.get();
+    args.y = y.get();
+    args.value = value.get();
+    args.grad_x = grad_x.get();
+    args.grad_y = grad_y.get();
+    args.batch = batch;
+    args.n = n;
+    args.m = m;
+    args.d = d;
+    Buffer<unsigned char> memory = workspace(cuda::gaussian_samples_workspace_bytes(args, kTarget));
+    args.workspace = memory.get();
+    cuda::gaussian_samples(args, kTarget);
+    for (Buffer<T>* result : {&value, &grad_x, &grad_y}) result->expect_finite("gaussian");
+}
+
+template <class T>
+void moments(int64_t outer, int64_t rows, int64_t columns, int64_t grid, int64_t inner) {
+    const int64_t entries = outer * rows * columns * inner, cells = outer * grid * grid * inner;
+    Buffer<T> x = noise<T>(entries, -3, 3), mean(cells), std(cells), grad_x(entries);
+    FeatureMomentsArgs<T> args{};
+    args.x = x.get();
+    args.mean = mean.get();
+    args.std = std.get();
+    args.outer = outer;
+    args.inner = inner;
+    const int64_t sizes[] = {1, rows, columns}, grids[] = {1, grid, grid};
+    for (int axis = 0; axis < kMomentAxes; ++axis) args.size[axis] = sizes[axis], args.grid[axis] = grids[axis];
+    cuda::feature_moments_fwd(args, kTarget);
+    args.grad_mean = mean.get();
+    args.grad_std = std.get();
+    args.grad_x = grad_x.get();
+    Buffer<unsigned char> memory = workspace(cuda::feature_moments_workspace_bytes(args, true));
+    args.workspace = memory.get();
+    cuda::feature_moments_bwd(args, kTarget);
+    for (Buffer<T>* result : {&mean, &std, &grad_x}) result->expect_finite("moments");
+}
+
+template <class T>
+void root(int64_t d, bool inverse) {
+    const int64_t batch = 3;
+    Buffer<T> matrix = noise<T>(batch * d * d, -1, 1), root(batch * d * d), aux(batch * (d + 1) * d);
+    Buffer<T> grad = noise<T>(batch * d * d, -1, 1), grad_matrix(batch * d * d);
+    for (int64_t k = 0; k < batch; ++k) {
+        for (int64_t i = 0; k > 0 && i < d; ++i) matrix.data[(k * d + i) * d + i] += static_cast<T>(2 * d);  // the first is indefinite
+    }
+    SqrtmArgs<T> args{};
+    args.matrix = matrix.get();
+    args.root = root.get();
+    args.aux = aux.get();
+    args.batch = batch;
+    args.d = d;
+    args.inverse = inverse;
+    cuda::sqrtm_fwd(args, kTarget);
+    args.grad_root = grad.get();
+    args.grad_matrix = grad_matrix.get();
+    cuda::sqrtm_bwd(args, kTarget);
+    for (Buffer<T>* result : {&root, &aux, &grad_matrix}) result->expect_finite("root");
+}
+
+template <class T>
+void packed(Metric metric, Gradient gradient, double epsilon) {
+    const int64_t rows[] = {3, 0, 40, 2, 130}, columns[] = {5, 2, 35, 40, 3}, problems = 5, d = 6;
+    Buffer<int64_t> row_offsets(problems + 1, 0), column_offsets(problems + 1, 0);
+    int64_t entries = 0;
+    for (int64_t k = 0; k < problems; ++k) {
+        row_offsets.data[k + 1] = row_offsets.data[k] + rows[k];
+        column_offsets.data[k + 1] = column_offsets.data[k] + columns[k];
+        entries += rows[k] * columns[k];
+    }
+    const int64_t n = row_offsets.data[problems], m = column_offsets.data[problems];
+    Buffer<T> x = noise<T>(n * d, -1, 1), y = noise<T>(m * d, -1, 1), cost(entries), grad_cost(entries), grad_x(n * d), grad_y(m * d);
+    CostMatrixRaggedArgs<T> points{};
+    points.x = x.get();
+    points.y = y.get();
+    points.cost = cost.get();
+    points.batch = problems;
+    points.n = n;
+    points.m = m;
+    points.d = d;
+    points.metric = metric;
+    points.row_offsets = row_offsets.get();
+    points.column_offsets = column_offsets.get();
+    Buffer<unsigned char> memory = workspace(cuda::cost_matrix_ragged_workspace_bytes(points, entries));
+    points.workspace = reinterpret_cast<T*>(memory.get());
+    cuda::cost_matrix_ragged_fwd(points, entries, kTarget);
+    Buffer<T> a(n), b(m), transport(problems), f(n), g(m), incoming = noise<T>(problems, 0.5, 1), grad_a(n), grad_b(m);
+    for (int64_t k = 0; k < problems; ++k) {
+        for (int64_t i = 0; i < rows[k]; ++i) a.data[row_offsets.data[k] + i] = T(1) / static_cast<T>(rows[k]);
+        for (int64_t j = 0; j < columns[k]; ++j) b.data[column_offsets.data[k] + j] = T(1) / static_cast<T>(columns[k]);
+    }
+    SinkhornRaggedArgs<T> args{};
+    args.cost = cost.get();
+    args.a = a.get();
+    args.b = b.get();
+    args.batch = problems;
+    args.n = n;
+    args.m = m;
+    args.num_iters = 3;
+    args.epsilon = epsilon;
+    args.keep = gradient == Gradient::unroll ? Keep::all : Keep::last;
+    args.gradient = gradient;
+    args.row_offsets = row_offsets.get();
+    args.column_offsets = column_offsets.get();
+    SinkhornArgs<T> size = args;
+    Buffer<double> history(problems * kHistoryHeader + history_stride(size) - kHistoryHeader);
+    args.history = history.get();
+    args.transport_cost = transport.get();
+    args.f = f.get();
+    args.g = g.get();
+    Buffer<unsigned char> forward = workspace(cuda::sinkhorn_ragged_workspace_bytes(args, false));
+    args.workspace = forward.get();
+    cuda::sinkhorn_ragged_fwd(args, kTarget);
+    Buffer<unsigned char> backward = workspace(cuda::sinkhorn_ragged_workspace_bytes(args, true));
+    args.workspace = backward.get();
+    args.grad_transport_cost = incoming.get();
+    args.grad_cost = grad_cost.get();
+    args.grad_a = grad_a.get();
+    args.grad_b = grad_b.get();
+    cuda::sinkhorn_ragged_bwd(args, kTarget);
+    points.grad_cost = grad_cost.get();
+    points.grad_x = grad_x.get();
+    points.grad_y = grad_y.get();
+    cuda::cost_matrix_ragged_bwd(points, entries, kTarget);
+    for (Buffer<T>* result : {&cost, &transport, &grad_cost, &grad_a, &grad_b, &grad_x, &grad_y}) result->expect_finite("packed");
+    cuda::transpose_ragged(cost.get(), grad_cost.get(), row_offsets.get(), column_offsets.get(), problems, kTarget);
+}
+
+template <class T>
 void all() {
     for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
         costs<T>(metric, 3, 66, 18, 0);
@@ -153,6 +303,18 @@ void all() {
     loss<T>(18, 35, 20, 0.1);
     loss<T>(6, 7, 9, 0.002);
     loss<T>(3, 130, 5, 0.1);
+    const int64_t matrices[][2] = {{1, 1}, {7, 13}, {34, 20}, {66, 3}, {3, 163}};
+    for (const auto& size : matrices) factor<T>(size[0], size[1]);
+    gaussian<T>(5, 7, 33, 2);
+    gaussian<T>(9, 3, 2, 1e12);
+    gaussian<T>(2, 161, 4, 2);
+    for (int64_t d : {1, 5, 16, 19, 32}) root<T>(d, d == 5);
+    packed<T>(Metric::l1, Gradient::unroll, 0.5);
+    packed<T>(Metric::cosine, Gradient::unroll, 0.005);
+    packed<T>(Metric::l2, Gradient::envelope, 0.5);
+    moments<T>(2, 7, 7, 4, 1);
+    moments<T>(2, 30, 9, 2, 1);
+    moments<T>(1, 5, 70, 3, 9);
 }
 
 }  // namespace

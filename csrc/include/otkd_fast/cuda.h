@@ -2,8 +2,13 @@
 // enqueued on that stream; nothing is allocated and nothing waits. Failures throw std::runtime_error.
 #pragma once
 #include "otkd_fast/cost_matrix.h"
+#include "otkd_fast/gaussian.h"
+#include "otkd_fast/moments.h"
+#include "otkd_fast/polar.h"
+#include "otkd_fast/ragged.h"
 #include "otkd_fast/sinkd.h"
 #include "otkd_fast/sinkhorn.h"
+#include "otkd_fast/sqrtm.h"
 
 namespace otkd_fast {
 namespace cuda {
@@ -28,10 +33,51 @@ void sinkhorn_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& t
 template <class T>
 void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
 
+// Packed problems: offsets are on the device, too. Of the costs, n and m are the numbers of all rows and all columns.
+template <class T>
+int64_t cost_matrix_ragged_workspace_bytes(const CostMatrixRaggedArgs<T>& args, int64_t entries);
+template <class T>
+void cost_matrix_ragged_fwd(const CostMatrixRaggedArgs<T>& args, int64_t entries, const Target& target);
+template <class T>
+void cost_matrix_ragged_bwd(const CostMatrixRaggedArgs<T>& args, int64_t entries, const Target& target);
+template <class T>
+int64_t sinkhorn_ragged_workspace_bytes(const SinkhornRaggedArgs<T>& args, bool backward);
+template <class T>
+void sinkhorn_ragged_fwd(const SinkhornRaggedArgs<T>& args, const Target& target);
+template <class T>
+void sinkhorn_ragged_bwd(const SinkhornRaggedArgs<T>& args, const Target& target);
+template <class T>
+void transpose_ragged(const T* in, T* out, const int64_t* row_offsets, const int64_t* column_offsets, int64_t problems,
+                      const Target& target);
+
 template <class T>
 int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args, const Target& target);
 template <class T>
 void sinkd_value_and_grad(const SinkdArgs<T>& args, const Target& target);
+
+template <class T>
+int64_t polar_workspace_bytes(const PolarArgs<T>& args, const Target& target);
+template <class T>
+void polar_fwd(const PolarArgs<T>& args, const Target& target);
+
+// d <= kLargestRoot, SqrtmAlgorithm::jacobi; no workspace, and no matrix is left unsolved.
+constexpr int64_t kLargestRoot = 32;
+template <class T>
+void sqrtm_fwd(const SqrtmArgs<T>& args, const Target& target);
+template <class T>
+void sqrtm_bwd(const SqrtmArgs<T>& args, const Target& target);
+
+template <class T>
+int64_t gaussian_samples_workspace_bytes(const GaussianSamplesArgs<T>& args, const Target& target);
+template <class T>
+void gaussian_samples(const GaussianSamplesArgs<T>& args, const Target& target);
+
+template <class T>
+int64_t feature_moments_workspace_bytes(const FeatureMomentsArgs<T>& args, bool backward);
+template <class T>
+void feature_moments_fwd(const FeatureMomentsArgs<T>& args, const Target& target);
+template <class T>
+void feature_moments_bwd(const FeatureMomentsArgs<T>& args, const Target& target);
 
 }  // namespace cuda
 }  // namespace otkd_fast
