@@ -39,6 +39,7 @@ def solve(
     'dense': cost (..., n, m), a (..., n), b (..., m); 'shared': cost (n, m), a (B, n), b (B, m), one of them not None.
     """
     if needs_function(cost, a, b):
+        a, b = (x if x is None or x.requires_grad else x.contiguous() for x in (a, b))  # once for both passes
         return _Sinkhorn.apply(*distinct(cost, a, b, initial_f, initial_g), family, backend, *options, gradient)[:6]
     return _FORWARD[family][backend](cost, a, b, initial_f, initial_g, *options, 0)[:6]
 
