@@ -46,6 +46,7 @@ FAMILIES = (
     matrix_roots.ROOTS,
     matrix_roots.NORMS,
     gaussian.DISTANCES,
+    gaussian.COVARIANCES,
     gaussian.MOMENTS,
 )
 

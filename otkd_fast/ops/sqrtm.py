@@ -18,6 +18,8 @@ KERNELS = {"jacobi": 0, "polar": 1, "tridiagonal": 2}
 JACOBI_LIMIT = 24
 # sizes up to which eigenvectors in double are worth while, in batches that fill the lanes of two threads or so
 TRIDIAGONAL_LIMIT, TRIDIAGONAL_BATCH = 128, 32
+# sizes of matrices that products in lanes serve faster than rotations do
+ALONE, ALONE_BATCH = range(12, JACOBI_LIMIT + 1), 8
 
 
 def chosen(algorithm: str, A: Tensor) -> str:
@@ -30,6 +32,13 @@ def chosen(algorithm: str, A: Tensor) -> str:
     if A.dtype == torch.float32 and d <= TRIDIAGONAL_LIMIT and _library.product(batch) >= TRIDIAGONAL_BATCH:
         return "tridiagonal"
     return "polar"
+
+
+def chosen_alone(algorithm: str, A: Tensor) -> str:
+    """What 'auto' means where no gradient follows: products, without the eigenvectors, where they are faster."""
+    if algorithm == "auto" and A.dtype == torch.float32 and A.shape[-1] in ALONE:
+        return "polar" if _library.product(A.shape[:-2]) >= ALONE_BATCH else algorithm
+    return algorithm
 
 
 def _aux(A: Tensor, algorithm: str) -> Tensor:
