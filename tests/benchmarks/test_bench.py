@@ -95,6 +95,7 @@ NEW_FAMILIES = {
     "sqrtm": (matrix_roots.ROOTS, "3x6"),
     "polar": (matrix_roots.NORMS, "3x6"),
     "gaussian": (gaussian.DISTANCES, "2x5x8"),
+    "covariances": (gaussian.COVARIANCES, "3x6"),
     "moments": (gaussian.MOMENTS, "2x3x5x5 grid 2"),
     "moments of the batch": (gaussian.MOMENTS, "8x3 batch"),
 }
