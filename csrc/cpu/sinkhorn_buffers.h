@@ -211,7 +211,8 @@ class Control {
     void observe(int64_t done, double error) {
         if (done == kPeriod) {
             const double ratio = before_ > 0 ? error / before_ : 0.0;
-            const double omega = 2 / (1 + std::sqrt(1 - (ratio < 0.9999 ? ratio : 0.9999)));
+            const double best = 2 / (1 + std::sqrt(1 - (ratio < 0.9999 ? ratio : 0.9999)));
+            const double omega = std::floor(best * 1024 + 0.5) / 1024;  // without the rounding of the errors
             omega_ = omega < 1.95 ? omega : 1.95;
         } else if (done > kPeriod && error > before_) {
             omega_ = 1;

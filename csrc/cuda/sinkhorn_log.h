@@ -184,7 +184,8 @@ OTKD_DEVICE bool auto_due(int64_t done) { return done == 9 || done % 10 == 0; }
 OTKD_DEVICE void observe(State& state, int64_t done, double error) {
     if (done == 10) {
         const double ratio = state.error_before > 0 ? smaller(error / state.error_before, 0.9999) : 0.0;
-        state.omega = smaller(2 / (1 + sqrt(1 - ratio)), 1.95);
+        const double best = 2 / (1 + sqrt(1 - ratio));  // rounded, so that the rounding of the errors has no part in it
+        state.omega = smaller(static_cast<int>(best * 1024 + 0.5) / 1024.0, 1.95);
     } else if (done > 10 && error > state.error_before) {
         state.omega = 1;
     }

@@ -6,16 +6,16 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .. import ops as _ops  # noqa: F401  registers torch.ops.otkd_fast.*
 from .. import reference
 from .._dispatch import resolve
+from ..ops._library import operators
 from ._autograd import keep_signature, mapped, needs_function, transformed
 from ._matrices import check_flag, check_square
 from ._validate import HALF_DTYPES, check_choice
 from ._value_and_gradients import only_first_derivative
 
-_op_fwd = torch.ops.otkd_fast.sqrtm_fwd.default
-_op_bwd = torch.ops.otkd_fast.sqrtm_bwd.default
+_FORWARD = operators("sqrtm_fwd")
+_BACKWARD = operators("sqrtm_bwd")
 
 ALGORITHMS = ("auto", "eigh", "jacobi", "polar", "newton_schulz")
 
@@ -99,11 +99,11 @@ def _check_semidefinite(A: Tensor) -> None:
 
 
 def _forward(A: Tensor, inverse: bool, algorithm: str, backend: str) -> tuple[Tensor, Tensor]:
-    return (reference.sqrtm_fwd if backend == "reference" else _op_fwd)(A, inverse, algorithm)
+    return (reference.sqrtm_fwd if backend == "reference" else _FORWARD[backend])(A, inverse, algorithm)
 
 
 def _backward(A, S, aux, grad, inverse: bool, algorithm: str, backend: str) -> Tensor:
-    return (reference.sqrtm_bwd if backend == "reference" else _op_bwd)(A, S, aux, grad, inverse, algorithm)
+    return (reference.sqrtm_bwd if backend == "reference" else _BACKWARD[backend])(A, S, aux, grad, inverse, algorithm)
 
 
 def _apply(A: Tensor, inverse: bool, algorithm: str, backend: str) -> Tensor:

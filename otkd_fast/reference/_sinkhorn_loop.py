@@ -123,9 +123,12 @@ class Iteration:
 class _AutoRelaxation:
     """omega from the observed convergence: 1 for 10 iterations, then near-optimal for their ratio (Lehmann, von
     Renesse, Sambale and Uschmajew, Optim. Lett. 2022), given up where the error has grown over 10 iterations.
+
+    A ratio of small errors magnifies their rounding: omega is rounded to multiples of 1 / STEPS, so that none of it
+    enters the potentials.
     """
 
-    PERIOD, MAX_RATIO, MAX_OMEGA = 10, 0.9999, 1.95
+    PERIOD, MAX_RATIO, MAX_OMEGA, STEPS = 10, 0.9999, 1.95, 1024
 
     def __init__(self) -> None:
         self.omega: Tensor | float = 1.0
@@ -138,7 +141,8 @@ class _AutoRelaxation:
         """`error` (...) is that of the plans after iteration k, one of those wanted."""
         if k == self.PERIOD:
             ratio = torch.where(self.error > 0, error / self.error, 0).clamp(max=self.MAX_RATIO)
-            self.omega = (2 / (1 + (1 - ratio).sqrt())).clamp(max=self.MAX_OMEGA).unsqueeze(-1)  # (..., 1)
+            omega = (2 / (1 + (1 - ratio).sqrt()) * self.STEPS + 0.5).floor() / self.STEPS
+            self.omega = omega.clamp(max=self.MAX_OMEGA).unsqueeze(-1)  # (..., 1)
         elif k > self.PERIOD:
             self.omega = torch.where((error > self.error).unsqueeze(-1), 1, self.omega)
         self.error = error

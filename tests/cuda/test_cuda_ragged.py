@@ -7,6 +7,7 @@ import torch
 
 import otkd_fast
 from otkd_fast.functional._sinkhorn_options import COVERED, OUTPUTS
+from otkd_fast.ops import sinkhorn_ragged
 from otkd_fast.testing import assert_close, random_problem
 
 # of each tile, beyond them, without rows or columns or both
@@ -105,6 +106,21 @@ def test_the_order_of_threads_does_not_matter(guarded, emulated, generator):
         results.append(check(SIZES[:6] + [(3, 130)], guarded, generator, num_iters=2))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("wrong", [[0, 9, 4, 9], [0, 3, 70, 9], [0, -2, 4, 9]], ids=str)
+@pytest.mark.parametrize("update_a_first", [True, False])
+def test_offsets_that_do_not_fit(wrong, update_a_first, guarded, generator):
+    """Nothing is read or written beside the tensors; the problems with wrong offsets are NaN."""
+    sizes = [(3, 2), (1, 4), (5, 3)]
+    problems = problems_of(sizes, generator, F32)
+    cost, a, b = (torch.cat([p[k].reshape(-1) for p in problems]) for k in range(3))
+    columns = offsets_of(sizes)[1]
+    with guarded:
+        arguments = (cost, a, b, None, None, torch.tensor(wrong), columns)
+        outputs = sinkhorn_ragged._fwd_cuda(*arguments, 0.2, 3, 0.0, 1.0, torch.inf, torch.inf, update_a_first, 0)
+    bad = [k for k in range(3) if not 0 <= wrong[k] <= wrong[k + 1] <= 9]
+    assert outputs[0][bad].isnan().all() and outputs[1][bad].isnan().all()
 
 
 def test_the_implicit_gradient_is_the_references_on_cuda(emulated, generator):
