@@ -19,12 +19,12 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kerne
 # a Python started here must see the installed package, not the folder otkd_fast/ beside this file
 export PYTHONSAFEPATH = 1
 
-.PHONY: help test demo bench gpu docs wheel ptxas lint info clean
+.PHONY: help test demo bench bench-docs gpu docs wheel ptxas lint info clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV) WORKERS=$(WORKERS) ARGS= (more arguments for pytest, the demo or the benchmark)"
 
 test: $(VENV)/.test ## run the tests, e.g. make test ARGS='-k sinkhorn'; ARGS='-m slow' for the slow ones
@@ -33,9 +33,16 @@ test: $(VENV)/.test ## run the tests, e.g. make test ARGS='-k sinkhorn'; ARGS='-
 demo: $(VENV)/.demo ## distill a student on handwritten digits; table, plot and report in out/
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
-bench: $(VENV)/.demo ## time the kernels against POT, geomloss and PyTorch; bench/results/cpu.json and tables
+bench: $(VENV)/.bench ## ten minutes: times against POT, geomloss, OTT, KeOps, PyTorch; bench/results/cpu.json, tables, plots in out/bench
 	PYTHONPATH=. $(BIN)/python -m bench run $(ARGS)
-	PYTHONPATH=. $(BIN)/python -m bench report
+	@mkdir -p out/bench
+	@PYTHONPATH=. $(BIN)/python -m bench report > out/bench/report.md
+	@PYTHONPATH=. $(BIN)/python -m bench plots --out out/bench > /dev/null
+	@echo "out/bench/report.md, out/bench/*.png; into README and docs: make bench-docs"
+
+bench-docs: $(VENV)/.bench ## the numbers of bench/results/cpu.json into README and docs, and the plots
+	PYTHONPATH=. $(BIN)/python -m bench report --update-docs
+	PYTHONPATH=. $(BIN)/python -m bench plots
 
 gpu: $(VENV)/.test $(VENV)/.demo ## on a machine with a GPU: tests on it, graphs, sanitizer, accuracy and speed; bench/results/<device>.json
 	PYTHONPATH=. $(BIN)/python -m bench.gpu $(ARGS)
@@ -98,6 +105,11 @@ $(VENV)/.test: $(VENV)/.package
 $(VENV)/.demo: $(VENV)/.package
 	@echo "== installing what the examples and benchmarks need"
 	@$(PIP) 'otkd_fast[examples,bench]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	@echo "== installing the peers of the benchmarks"
+	@$(PIP) 'otkd_fast[bench,peers]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.package

@@ -1,12 +1,16 @@
-"""Benchmarks of otkd_fast against its peers.
+"""Benchmarks of otkd_fast against its peers: POT, geomloss, OTT-JAX, KeOps, SciPy, and the published codes' loops.
 
-  python -m bench run       measure every family of cases; writes bench/results/cpu.json
+  python -m bench run       measure all: answers first, then times, memory, growth; nine minutes; bench/results/cpu.json
   python -m bench report    tables from that file; with --update-docs into README and docs
-  python -m bench plots     pictures from that file: ratios, accuracy against time, memory
-  python -m bench scaling   how the time grows with n, B and T; writes a JSON file and a plot
+  python -m bench plots     pictures from that file: ratios, accuracy against time, memory, time against size
+  python -m bench scaling   measure again how the time grows with n, B, d and T, into the same file
   python -m bench compare   OLD.json NEW.json: ends with 1 where ratios to the peers became worse
 
-`python -m bench COMMAND --help` says more. A time is taken only of an answer that is right.
+To begin with: python -m bench run --quick --out quick.json && python -m bench report quick.json
+
+`python -m bench COMMAND --help` says more. A time is taken only of an answer that is right. Exit code 2: an argument or
+a file that cannot be used. `pip install 'otkd_fast[bench]'` brings POT, geomloss and matplotlib; `ott-jax` and
+`pykeops` (which needs a C++ compiler) are extra. On a GPU: python -m bench.gpu.
 """
 
 from __future__ import annotations

@@ -1,8 +1,12 @@
-"""Compares two files of bench.run by ratios: `python -m bench compare OLD.json NEW.json`.
+"""Compares two files of `python -m bench run` by ratios.
 
 A ratio is a peer's time over otkd_fast's, in the same run, so that another machine or a slow day changes it little. For
 each case and direction the ratios to all peers that both files have are averaged (geometrically); one that is
-smaller by more than the limit is a regression, and the command ends with 1.
+smaller by more than the limit is a regression, and the command ends with 1, else with 0. It ends with 2 and a sentence
+where a file is missing, is of another kind or version, or has nothing in common with the other one.
+
+  python -m bench compare old.json new.json
+  python -m bench compare old.json new.json --limit 30
 """
 
 from __future__ import annotations

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from .family import Function, Peer, Problem
+from .family import Function, Peer, Problem, Unavailable
 
 # Relative errors against float64 above which a result counts as wrong and no time is shown.
 MAX_VALUE_ERROR = 1e-5
 MAX_GRADIENT_ERROR = 1e-3
+# Seconds of a call: beyond the first it is timed twice, beyond the second once.
+SLOW, VERY_SLOW = 0.4, 2.0
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what other packages print and warn of at their first call; errors come through."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def forward_backward(function: Function, x: Tensor, y: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -29,15 +43,20 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def check(peer: Peer, function: Function, expected: tuple[Tensor, Tensor], inputs: tuple) -> dict:
-    """Errors of value and gradient, and the time of this first call; ValueError when the errors are too large."""
+def check(
+    peer: Peer, function: Function, expected: tuple[Tensor, ...], inputs: tuple, oracle: Function | None = None
+) -> dict:
+    """Errors of value and gradient, and the time of this first call; ValueError when the errors are too large.
+
+    `oracle`: what a peer with another answer is compared with in float64; None is the function itself.
+    """
     start = time.perf_counter()
     actual = (function(*inputs[:2]),) if peer.forward_only else forward_backward(function, *inputs)
     seconds = time.perf_counter() - start
     if not peer.same_answer:
         x, y, *rest = inputs
         wide = x.detach().double().requires_grad_()
-        own = forward_backward(function, wide, y.double(), *(g if g is None else g.double() for g in rest))
+        own = forward_backward(oracle or function, wide, y.double(), *(g if g is None else g.double() for g in rest))
         difference = relative_error(actual[0], expected[0])
         expected = own
     errors = [relative_error(a, e) for a, e in zip(actual, expected[: len(actual)], strict=True)]
@@ -49,6 +68,7 @@ def check(peer: Peer, function: Function, expected: tuple[Tensor, Tensor], input
             f"{peer.name}: wrong answer, relative errors {errors[0]:.1e} (value) and {errors[1]:.1e} (gradient)"
         )
     result = {"first_call_s": seconds, "value_error": errors[0], "gradient_error": errors[1]}
+    result |= getattr(function, "compared", {})
     return result if peer.same_answer else result | {"value_differs_from_ours_by": difference}
 
 
@@ -58,24 +78,33 @@ def interleaved_medians(
     """Median milliseconds of single calls; a block of each function in turn: a slow spell of the machine meets all.
 
     A block is as many calls as take about 10 ms, after up to three untimed ones that warm the caches again (none where
-    a call takes longer than 0.1 s); rounds are repeated until `seconds` are used, at least `min_rounds`.
+    a call takes longer than 0.1 s); rounds are repeated until `seconds` are used, at least `min_rounds`. A call that
+    takes longer than SLOW seconds is timed twice, one of more than VERY_SLOW seconds once.
     """
     calls, untimed = {}, {}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    rounds_of = dict.fromkeys(functions, math.inf)
     for name, function in functions.items():
         for _ in range(2):
             start = time.perf_counter()
             function()
             once = time.perf_counter() - start
-            if once > 0.5:  # nothing more to warm up
+            if once > SLOW:  # nothing more to warm up
                 break
         calls[name] = max(1, int(10e-3 / once))
         untimed[name] = min(3, calls[name] - 1) or int(once < 0.1)
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+        if once > SLOW:
+            samples[name].append(1e3 * once)
+            calls[name], untimed[name], rounds_of[name] = 1, 0, int(once <= VERY_SLOW)
     stop = time.perf_counter() + seconds
     rounds = 0
     while time.perf_counter() < stop or rounds < min_rounds:
+        left = [name for name in functions if rounds < rounds_of[name]]
+        if not left:
+            break
         rounds += 1
-        for name, function in functions.items():
+        for name in left:
+            function = functions[name]
             for _ in range(untimed[name]):
                 function()
             for _ in range(calls[name]):
@@ -94,9 +123,12 @@ def measure(
     results, ready = {}, {}
     for peer in peers:
         try:
-            function = peer.build(size)
-            results[peer.name] = check(peer, function, expected, inputs)
+            with quiet():
+                function = peer.build(size)
+                results[peer.name] = check(peer, function, expected, inputs, peer.oracle and peer.oracle(size))
             ready[peer.name] = function
+        except Unavailable as error:
+            results[peer.name] = {"skipped": str(error)}
         except ImportError as error:
             results[peer.name] = {"skipped": f"not installed ({error})"}
         except ValueError as error:

@@ -1,6 +1,8 @@
-"""Pictures from a file of bench.run: `python -m bench plots [JSON] [--out FOLDER]`.
+"""Pictures from a file of `python -m bench run`: a bar chart of ratios a family, accuracy against time, peak memory,
+and the time against n, B, d and T with the floor drawn in. Needs matplotlib.
 
-One bar chart of ratios a family, accuracy against time for all, and peak memory. Needs matplotlib.
+  python -m bench plots                        docs/plots/*.png from bench/results/cpu.json
+  python -m bench plots quick.json --out out   from another file, elsewhere
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import scaling
 from .memory import TITLES
 from .results_file import fail, load
 from .run import FAMILIES, RESULTS
@@ -27,9 +30,15 @@ def pyplot():
     return plt
 
 
+def direction(cases: list[dict]) -> str:
+    """The key of forward and backward, or of forward where there is no gradient."""
+    both = any("forward_backward_ms" in case["results"][OURS] for case in cases)
+    return "forward_backward_ms" if both else "forward_ms"
+
+
 def ratio_bars(plt, family, cases: list[dict], path: Path) -> None:
     """A group of bars a size: each peer's time over ours, forward and backward, logarithmic; below 1 it is faster."""
-    key = "forward_backward_ms"
+    key = direction(cases)
     peers = [p for p in family.peers if p.name != OURS and any(key in c["results"].get(p.name, {}) for c in cases)]
     figure, axes = plt.subplots(figsize=(9, 3.6))
     width = 0.8 / max(1, len(peers))
@@ -42,7 +51,7 @@ def ratio_bars(plt, family, cases: list[dict], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(range(len(cases)), [c["size"].replace("x", " x ") for c in cases])
     axes.set_ylabel("time over otkd_fast's")
-    axes.set_title(f"{family.title}: forward and backward", fontsize=9)
+    axes.set_title(f"{family.title}: {'forward' if key == 'forward_ms' else 'forward and backward'}", fontsize=9)
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -81,7 +90,7 @@ def memory_bars(plt, rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,14 +100,17 @@ def main(arguments: list[str] | None = None) -> None:
     report, plt = load(options.json), pyplot()
     options.out.mkdir(parents=True, exist_ok=True)
     for family in FAMILIES:
-        cases = [c for c in report["cases"] if c["op"] == family.op and "forward_backward_ms" in c["results"][OURS]]
-        if cases:
+        cases = [c for c in report["cases"] if c["op"] == family.op and "forward_ms" in c["results"].get(OURS, {})]
+        if cases and any(len(case["results"]) > 1 for case in cases):
             ratio_bars(plt, family, cases, options.out / f"{family.op}.png")
     accuracy(plt, report, options.out / "accuracy.png")
     if report.get("memory"):
         memory_bars(plt, report["memory"], options.out / "memory.png")
+    if report.get("sweeps"):
+        scaling.draw(options.out / "scaling.png", report["sweeps"])
     print("\n".join(str(path) for path in sorted(options.out.glob("*.png"))))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,20 +1,25 @@
-"""Draws Markdown tables from the JSON of bench.run: `python -m bench.report [--update-docs]`."""
+"""Markdown tables from the JSON file of `python -m bench run`; with --update-docs between the markers of the pages.
+
+python -m bench report                       all tables to standard output
+python -m bench report quick.json            those of another file
+python -m bench report --update-docs         into README.md, docs/benchmarks.md, docs/numerics.md; docs/scaling.png
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from . import scaling
+from . import published, scaling
 from .family import Family
+from .measure import SLOW, VERY_SLOW
 from .memory import TITLES as MEMORY_TITLES
+from .results_file import fail, load
 from .run import FAMILIES, RESULTS
 
-README_OPS = ("sinkd", "sinkhorn_shared", "cost_matrix_l1")
+README_OPS = ("sinkd", "sinkhorn_shared", "training_step")
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-SCALING = RESULTS / "scaling_cpu.json"
 OURS = "otkd_fast"
 
 
@@ -77,11 +82,29 @@ def neighbours(family: Family, cases: list[dict]) -> list[str]:
     return lines
 
 
+def compared(family: Family, cases: list[dict]) -> str:
+    """What is equal where times are compared: iterations, the answer, or the marginal error, with its numbers."""
+    groups: dict[str, list[str]] = {}
+    for peer in family.peers:
+        rows = [c["results"].get(peer.name, {}) for c in cases]
+        if peer.name == OURS or not any("forward_ms" in row for row in rows):
+            continue
+        text = peer.label
+        reached = [
+            f"{row['marginal_error']:.1e} after {row['steps']} steps, otkd_fast {row['marginal_error_of_ours']:.1e}"
+            for row in rows if "marginal_error" in row
+        ]  # fmt: skip
+        text += f" ({'; '.join(reached)})" if reached else ""
+        groups.setdefault(family.equal_of(peer), []).append(text)
+    said = {"iterations": "Equal iterations", "the answer": "Equal answer", "marginal error": "Equal marginal error"}
+    return ". ".join(f"{said.get(what, f'Equal: {what}')}: {', '.join(names)}" for what, names in groups.items()) + "."
+
+
 def left_out(cases: list[dict]) -> list[str]:
     labels = {(family.op, peer.name): peer.label for family in FAMILIES for peer in family.peers}
     rows = [(c, name, row) for c in cases for name, row in c["results"].items()]
     return [
-        f"- {labels[c['op'], n]} at {c['size']} ({c['op']}): {r.get('skipped') or r['wrong']}"
+        f"- {labels.get((c['op'], n), n)} at {c['size']} ({c['op']}): {r.get('skipped') or r['wrong']}"
         for c, n, r in rows
         if "skipped" in r or "wrong" in r
     ]
@@ -99,9 +122,19 @@ def memory_table(rows: list[dict]) -> list[str]:
 def section(family: Family, cases: list[dict]) -> list[str]:
     """The tables of one family."""
     lines = ["", f"{family.title}: forward and backward", ""]
-    lines += [*table(cases, family.peers, family.required, "forward_backward_ms"), "", "Forward only", ""]
-    lines += [*table(cases, family.peers, family.required_forward, "forward_ms"), "", first_calls(family, cases)]
+    if any("forward_backward_ms" in case["results"][OURS] for case in cases):
+        lines += [*table(cases, family.peers, family.required, "forward_backward_ms"), "", "Forward only", ""]
+    else:
+        lines = ["", f"{family.title}: forward only", ""]
+    lines += [*table(cases, family.peers, family.required_forward, "forward_ms"), "", compared(family, cases)]
+    lines += ["", first_calls(family, cases)]
     return lines + neighbours(family, cases)
+
+
+def dates(report: dict) -> str:
+    """The day of a run in one go; of cases that were put together, how many runs and from when to when."""
+    days = sorted({case.get("created", report["created"])[:10] for case in report["cases"]} or {report["created"][:10]})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}, put together from runs of {len(days)} days"
 
 
 def heading(report: dict) -> str:
@@ -109,9 +142,9 @@ def heading(report: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     threads, cpu = f"{machine['threads']} threads of {machine['cpu']}", machine["instruction_set"]
     return (
-        f"{report['dtype']}, {threads} ({cpu}), {versions}, {report['created'][:10]}. Medians in milliseconds, the "
+        f"{report['dtype']}, {threads} ({cpu}), {versions}, {dates(report)}. Medians in milliseconds, the "
         "variants interleaved in one run, after the answers were checked against float64; in brackets the ratio to "
-        "otkd_fast."
+        f"otkd_fast. A call of more than {SLOW:g} s was timed twice, one of more than {VERY_SLOW:g} s once."
     )
 
 
@@ -120,7 +153,7 @@ def markdown(report: dict, ops: tuple[str, ...] | None = None) -> str:
     lines = [heading(report)]
     cases = [case for case in report["cases"] if ops is None or case["op"] in ops]
     for family in FAMILIES:
-        own = [case for case in cases if case["op"] == family.op]
+        own = [case for case in cases if case["op"] == family.op and OURS in case["results"]]
         lines += section(family, own) if own else []
     if ops is None and report.get("memory"):
         lines += memory_table(report["memory"])
@@ -129,56 +162,72 @@ def markdown(report: dict, ops: tuple[str, ...] | None = None) -> str:
 
 
 def scaling_markdown(report: dict) -> str:
-    """The fitted exponents beside those of the operation counts."""
-    machine = report["machine"]
+    """The fitted exponents beside those of the operation counts, and the distance from the floor."""
+    machine, rate = report["machine"], report.get("rates")
     on = f"{machine['threads']} threads of {machine['cpu']} ({machine['instruction_set']})"
-    lines = [
-        f"{report['dtype']}, {on}. Exponents of the time: by the operation count, and fitted to the last three points.",
-        "",
-        "| kernel | variable | from ... to | operations | measured | ms at the end |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [f"{report['dtype']}, {on}. Exponents of the time: of the operation count; fitted to the last points."]
+    if rate:
+        lines[0] += (
+            f" The floor: the largest of compulsory bytes at {rate['copy_bytes_per_s'] / 1e9:.0f} GB/s, multiply-adds "
+            f"at {rate['multiply_adds_per_s'] / 1e9:.0f} G/s and exponentials at "
+            f"{rate['exponentials_per_s'] / 1e9:.1f} G/s, the fastest copy, product and torch.exp measured in that run."
+        )
+    lines += ["", "| kernel | variable | from ... to | operations | measured | ms at the end | times the floor |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for row in report["sweeps"]:
         first, last = row["values"][0], row["values"][-1]
         exponents = f"{row['exponent_of_operations']:g} | {row['fitted_exponent']:.2f}"
-        end = milliseconds(row["milliseconds"][-1])
-        lines.append(f"| {row['kernel']} | {row['variable']} | {first} ... {last} | {exponents} | {end} |")
+        end = row["milliseconds"][-1]
+        over = f"{end / row['floor_ms'][-1]:.1f}" if "floor_ms" in row else ""
+        cells = f"{row['variable']} | {first} ... {last} | {exponents} | {milliseconds(end)} | {over}"
+        lines.append(f"| {row['kernel']} | {cells} |")
     return "\n".join(lines)
 
 
-def update(page: Path, text: str, source: str, maker: str = "bench.run") -> None:
+def update(page: Path, text: str, source: str) -> None:
     """Puts the text between the two markers of a page."""
-    old = page.read_text()
+    try:
+        old = page.read_text()
+    except OSError as error:
+        fail(f"{page}: {error.strerror}")
     if old.count(BEGIN) != 1 or old.count(END) != 1:
-        raise SystemExit(f"{page}: expected one {BEGIN} and one {END}")
+        fail(f"{page}: expected one {BEGIN} and one {END}")
     head, rest = old.split(BEGIN)
     tail = rest.split(END)[1]
-    made = f"Made by `python -m {maker}` and `python -m bench.report --update-docs` from `{source}`."
+    made = f"Made by `python -m bench run` and `python -m bench report --update-docs` from `{source}`."
     page.write_text(f"{head}{BEGIN}\n{text}\n\n{made}\n{END}{tail}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("json", type=Path, nargs="?", default=RESULTS / "cpu.json", help="file written by bench.run")
-    parser.add_argument("--update-docs", action="store_true", help=f"write README and docs, between {BEGIN} and {END}")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="gets some of the tables")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md", help="gets all of them")
-    parser.add_argument("--scaling", type=Path, default=SCALING, help="file written by bench.scaling, if it is there")
-    parser.add_argument("--plot", type=Path, default=scaling.PLOT, help="gets their plot")
-    parser.add_argument("--numerics", type=Path, default=ROOT / "docs" / "numerics.md", help="gets the exponents")
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("json", type=Path, nargs="?", default=RESULTS / "cpu.json", help="file of bench run (default: %(default)s)")
+    add("--update-docs", action="store_true", help=f"write the pages, between {BEGIN} and {END}")
+    add("--readme", type=Path, default=ROOT / "README.md", help="gets some of the tables")
+    add("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md", help="gets all of them")
+    add("--numerics", type=Path, default=ROOT / "docs" / "numerics.md", help="gets the exponents and floors")
+    add("--plot", type=Path, default=scaling.PLOT, help="gets their plot")
     options = parser.parse_args(arguments)
-    report = json.loads(options.json.read_text())
-    if options.update_docs:
-        source = f"bench/results/{options.json.name}"
-        update(options.readme, markdown(report, README_OPS), source)
-        update(options.docs, markdown(report), source)
-        if options.scaling.exists():
-            sweeps = json.loads(options.scaling.read_text())
-            update(options.numerics, scaling_markdown(sweeps), f"bench/results/{options.scaling.name}", "bench.scaling")
-            scaling.draw(options.plot, sweeps["sweeps"])
-    else:
+    report = load(options.json)
+    if not options.update_docs:
         print(markdown(report))
+        if report.get("sweeps"):
+            print(f"\n{scaling_markdown(report)}")
+        return 0
+    source = f"bench/results/{options.json.name}"
+    cases = ["", "The published problems, and where each is measured:", "", *published.markdown()]
+    update(options.readme, markdown(report, README_OPS), source)
+    update(options.docs, markdown(report) + "\n" + "\n".join(cases), source)
+    if report.get("sweeps"):
+        update(options.numerics, scaling_markdown(report), source)
+        try:
+            scaling.draw(options.plot, report["sweeps"])
+        except ImportError:
+            fail("the plot needs matplotlib: pip install 'otkd_fast[bench]'")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

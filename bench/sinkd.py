@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+import otkd_fast
 from otkd_fast.losses import SinKD
 from otkd_fast.reference import sinkd as oracle
 
+from . import peers
 from .family import Family, Function, Peer, Problem
 from .measure import forward_backward
 
@@ -58,27 +61,93 @@ def _pot(size: str) -> Function:
     return loss
 
 
+def _transport(size: str) -> tuple[Tensor, float]:
+    """Cost in Algorithm 1's order, and the marginal error of its plan of mass 1 after the published iterations."""
+    student, teacher = logits(*map(int, size.split("x")))
+    s, t = (torch.softmax(z.double() / TEMPERATURE, dim=1) for z in (student, teacher))
+    cost = torch.cdist(t, s, p=1)
+    return cost, otkd_fast.sinkhorn(cost, epsilon=EPSILON, num_iters=NUM_ITERS).marginal_error.item()
+
+
 def _geomloss(size: str) -> Function:
     from geomloss import SamplesLoss
 
-    # Costs are at most 2: annealed from 2 down to epsilon in as many steps as the published iterations.
-    solver = SamplesLoss(
-        "sinkhorn",
-        p=1,
-        blur=EPSILON,
-        diameter=2.0,
-        scaling=(EPSILON / 2.0) ** (1.0 / NUM_ITERS),
-        cost=lambda x, y: torch.cdist(x, y, p=1),
-        debias=False,
-        backend="tensorized",
+    def solver(steps: int, potentials: bool = False):
+        # Costs are at most 2: annealed from 2 down to epsilon in that many steps.
+        return SamplesLoss(
+            "sinkhorn", p=1, blur=EPSILON, diameter=2.0, scaling=(EPSILON / 2.0) ** (1.0 / steps), debias=False,
+            cost=lambda x, y: torch.cdist(x, y, p=1), backend="tensorized", potentials=potentials,
+        )  # fmt: skip
+
+    student, teacher = (torch.softmax(z / TEMPERATURE, dim=1) for z in logits(*map(int, size.split("x"))))
+    cost, ours = _transport(size)
+    uniform = torch.full((len(cost),), 1 / len(cost), dtype=cost.dtype)
+
+    def error(steps: int) -> float:
+        f, g = (z.double() for z in solver(steps, potentials=True)(teacher, student))
+        plan = torch.exp((f.reshape(-1, 1) + g.reshape(1, -1) - cost) / EPSILON) / len(cost) ** 2
+        return peers.marginal_error(plan, uniform, uniform)
+
+    steps, compared = peers.fewest_steps(error, ours)
+    solve = solver(steps)
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        s = torch.softmax(student / TEMPERATURE, dim=1)
+        t = torch.softmax(teacher / TEMPERATURE, dim=1)
+        return s.shape[0] * solve(t, s)
+
+    loss.compared = compared
+    return loss
+
+
+def _geomloss_ot(size: str) -> Function:
+    import geomloss.ot
+
+    cost, ours = _transport(size)
+    uniform = torch.full((len(cost),), 1 / len(cost), dtype=cost.dtype)
+    steps, compared = peers.fewest_steps(
+        lambda steps: peers.marginal_error(geomloss.ot.solve(cost, reg=EPSILON, max_iter=steps).plan, uniform, uniform),
+        ours,
     )
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
         s = torch.softmax(student / TEMPERATURE, dim=1)
         t = torch.softmax(teacher / TEMPERATURE, dim=1)
-        return s.shape[0] * solver(t, s)
+        cost = torch.cdist(t, s, p=1)
+        return s.shape[0] * geomloss.ot.solve(cost, reg=EPSILON, max_iter=steps).value
+
+    loss.compared = compared
+    return loss
+
+
+def _pot_solve_sample(size: str) -> Function:
+    import ot
+
+    options = {"reg": EPSILON, "max_iter": NUM_ITERS, "tol": 0.0, "metric": "cityblock", "grad": "autodiff"}
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        s = torch.softmax(student / TEMPERATURE, dim=1)
+        t = torch.softmax(teacher / TEMPERATURE, dim=1)
+        with warnings.catch_warnings():  # of iterations that have not converged, as published
+            warnings.simplefilter("ignore")
+            return s.shape[0] * ot.solve_sample(s, t, **options).value_linear
 
     return loss
+
+
+def _ott(size: str) -> Function:
+    import jax
+    import jax.numpy as jnp
+
+    plan = peers.ott_plan(EPSILON, NUM_ITERS)
+
+    def loss(student, teacher):
+        s, t = (jax.nn.softmax(z / TEMPERATURE, axis=1) for z in (student, teacher))
+        cost = jnp.abs(s[:, None] - t[None]).sum(-1)
+        uniform = jnp.full(len(s), 1 / len(s), s.dtype)
+        return len(s) * (plan(cost, uniform, uniform) * cost).sum()
+
+    return peers.through_jax(loss)
 
 
 def _ours(backend: str | None) -> Callable[[str], Function]:
@@ -89,12 +158,16 @@ GEOMLOSS_NOTE = (
     "geomloss solves a neighbouring problem: its value is the regularised cost after an annealing schedule (not <P, C> "
     "after 20 fixed iterations), and its gradient is the envelope one (not that of the unrolled iterations)."
 )
+BOTH = "marginal error"
 PEERS = (
     Peer("otkd_fast", "otkd_fast", _ours(None)),
     Peer("released", "released loop, PyTorch", lambda size: released_loop),
     Peer("released-compiled", "the same, torch.compile", _released_compiled),
     Peer("pot", "POT ot.sinkhorn, torch", _pot),
-    Peer("geomloss", "geomloss SamplesLoss", _geomloss, same_answer=False, note=GEOMLOSS_NOTE),
+    Peer("pot-sample", "POT ot.solve_sample", _pot_solve_sample, sizes=SIZES[:2]),
+    Peer("ott", "OTT-JAX", _ott, note=peers.OTT_NOTE, sizes=SIZES[:2]),
+    Peer("geomloss", "geomloss SamplesLoss", _geomloss, same_answer=False, note=GEOMLOSS_NOTE, equal=BOTH),
+    Peer("geomloss-ot", "geomloss.ot.solve", _geomloss_ot, same_answer=False, note="As SamplesLoss.", equal=BOTH),
 )
 REFERENCE = Peer("reference", "otkd_fast reference", _ours("reference"))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import otkd_fast
 from otkd_fast import reference
 
+from . import peers
 from .family import Family, Function, Peer, Problem
 from .measure import forward_backward
 
@@ -79,6 +80,7 @@ PEERS = (
     Peer("pot", "POT ot.sinkhorn, one by one", _pot, sizes=("16x100x100", "1x500x500")),
     Peer("pot-batch", "POT ot.batch, scalings", _pot_batch("sinkhorn"), same_answer=False, note=POT_BATCH_NOTE),
     Peer("pot-batch-log", "POT ot.batch, log domain", _pot_batch("log_sinkhorn"), same_answer=False),
+    Peer("ott", "OTT-JAX, vmap", lambda size: peers.ott_dense(EPSILON, NUM_ITERS), note=peers.OTT_NOTE),
 )
 
 

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 import otkd_fast
 
+from . import peers
 from .family import Family, Function, Peer, Problem
 from .measure import forward_backward, interleaved_medians
 
@@ -59,12 +62,12 @@ def scaling_loop(size: str) -> Function:
 
 
 def log_loop(size: str) -> Function:
-    """The iteration in the log domain, the value by potentials that are constants for the gradient; torch.compile."""
+    """The iteration in the log domain, the value by potentials that are constants for the gradient."""
     eps = epsilon(int(size))
 
     def value(x: Tensor, y: Tensor) -> Tensor:
         cost = torch.cdist(x, y).square()
-        log_n, log_m = torch.log(torch.tensor(float(len(x)))), torch.log(torch.tensor(float(len(y))))
+        log_n, log_m = (torch.log(torch.tensor(float(len(z)), dtype=z.dtype)) for z in (x, y))
         g = torch.zeros_like(y[:, 0])
         scaled = cost.detach() / eps
         for _ in range(NUM_ITERS):
@@ -75,8 +78,12 @@ def log_loop(size: str) -> Function:
         through_cost = (plan * cost).sum()
         return dual + through_cost - through_cost.detach()
 
+    return value
+
+
+def _log_compiled(size: str) -> Function:
     torch._dynamo.reset()
-    return torch.compile(value, dynamic=False)
+    return torch.compile(log_loop(size), dynamic=False)
 
 
 def _pot(size: str) -> Function:
@@ -94,14 +101,45 @@ def _pot(size: str) -> Function:
     return value
 
 
+def _pot_solve_sample(size: str) -> Function:
+    import ot
+
+    options = {"reg": epsilon(int(size)), "max_iter": NUM_ITERS, "tol": 0.0, "grad": "autodiff"}
+
+    def value(x: Tensor, y: Tensor) -> Tensor:
+        with warnings.catch_warnings():  # of iterations that have not converged
+            warnings.simplefilter("ignore")
+            return ot.solve_sample(y, x, **options).value_linear
+
+    return value
+
+
+def _ott(size: str) -> Function:
+    import jax.numpy as jnp
+
+    plan = peers.ott_plan(epsilon(int(size)), NUM_ITERS)
+
+    def value(x, y):
+        cost = jnp.maximum((y * y).sum(1)[:, None] + (x * x).sum(1) - 2 * y @ x.T, 0)
+        a, b = (jnp.full(len(z), 1 / len(z), z.dtype) for z in (y, x))
+        return (plan(cost, a, b) * cost).sum()
+
+    return peers.through_jax(value)
+
+
 ENVELOPE_NOTE = "The envelope rows are the regularised value with its gradient at fixed potentials: another vector."
 PEERS = (
     Peer("otkd_fast", "otkd_fast", _ours("unroll")),
     Peer("otkd_fast-envelope", "otkd_fast, envelope", _ours("envelope"), False, note=ENVELOPE_NOTE),
-    Peer("log-envelope", "log domain, envelope, torch.compile", log_loop, False),
+    Peer("log-envelope", "log domain, envelope, torch.compile", _log_compiled, False, oracle=log_loop),
     Peer("scaling", "scaling loop on the stored kernel, PyTorch", scaling_loop),
     Peer("pot", "POT ot.sinkhorn", _pot),
-)
+    Peer("pot-sample", "POT ot.solve_sample", _pot_solve_sample, sizes=SIZES[:1]),
+    Peer("ott", "OTT-JAX", _ott, note=peers.OTT_NOTE, sizes=SIZES[:1]),
+    Peer("keops", "KeOps, log domain, envelope", lambda size: peers.keops_log(epsilon(int(size)), NUM_ITERS), False,
+         oracle=log_loop, sizes=SIZES[:1]),
+    Peer("flash-sinkhorn", "flash-sinkhorn", peers.flash_sinkhorn, False, sizes=SIZES[-1:]),
+)  # fmt: skip
 
 
 def problem(size: str) -> Problem:

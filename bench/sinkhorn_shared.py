@@ -12,6 +12,7 @@ from torch import Tensor
 
 import otkd_fast
 
+from . import peers
 from .family import Family, Function, Peer, Problem
 from .measure import forward_backward
 
@@ -97,6 +98,24 @@ def _pot(cost: Tensor) -> Function:
     return loss
 
 
+def _ott(cost: Tensor) -> Function:
+    import jax
+
+    plan = peers.ott_plan(EPSILON, NUM_ITERS, lse=False)
+    matrix = jax.numpy.asarray(cost.numpy())
+
+    def one(a, b):
+        return (plan(matrix, a, b) * matrix).sum()
+
+    transport = peers.through_jax(jax.vmap(one))
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        a, b = (weights + 1e-12 for weights in masses(student, teacher))  # its gradient is NaN at masses of 0
+        return transport(a, b.detach()).mean()
+
+    return loss
+
+
 ENVELOPE_NOTE = "The envelope row is the regularised value with the envelope gradient: another vector, not WKD-L's."
 
 
@@ -117,6 +136,7 @@ PEERS = (
     Peer("products", "matrix products, PyTorch", _on_cost(matrix_products)),
     Peer("products-compiled", "the same, torch.compile", _on_cost(lambda cost: _compiled(matrix_products(cost)))),
     Peer("pot", "POT ot.sinkhorn, one by one", _on_cost(_pot)),
+    Peer("ott", "OTT-JAX, kernel mode, vmap", _on_cost(_ott), note=peers.OTT_NOTE),
 )
 
 

@@ -29,7 +29,7 @@ def run(benchmark, problem: Problem, peer: Peer, size: str, direction: str, grou
         function = peer.build(size)
     except ImportError as error:
         pytest.skip(f"{peer.name}: not installed ({error})")
-    benchmark.extra_info |= check(peer, function, problem.expected, problem.inputs)
+    benchmark.extra_info |= check(peer, function, problem.expected, problem.inputs, peer.oracle and peer.oracle(size))
     benchmark.extra_info |= {"peer": peer.name, "threads": THREADS}
     benchmark.group = f"{group}, {direction}"
     benchmark(timed(function, problem.inputs, direction))

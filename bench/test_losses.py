@@ -4,22 +4,23 @@ import functools
 
 import pytest
 
-from . import suite
+from . import loss_features, loss_others, loss_sinkd, suite
 from .loss_wkd import FEATURE_FAMILY, LOGIT_FAMILY
+
+FAMILIES = (LOGIT_FAMILY, FEATURE_FAMILY, *loss_sinkd.FAMILIES, *loss_others.FAMILIES, *loss_features.FAMILIES)
+CASES = [
+    pytest.param(family, *case.values, id=f"{family.op}-{case.id}")
+    for family in FAMILIES
+    for case in suite.size_and_peer(family)
+]
 
 
 @functools.cache
-def problem(family, size):
-    return {f.op: f for f in (LOGIT_FAMILY, FEATURE_FAMILY)}[family].problem(size)
+def problem(op, size):
+    return next(family for family in FAMILIES if family.op == op).problem(size)
 
 
 @pytest.mark.parametrize("direction", suite.DIRECTIONS)
-@pytest.mark.parametrize(("size", "peer"), suite.size_and_peer(LOGIT_FAMILY))
-def test_wkd_logit(benchmark, size, peer, direction):
-    suite.run(benchmark, problem("wkd_logit", size), peer, size, direction, f"wkd_logit {size}")
-
-
-@pytest.mark.parametrize("direction", suite.DIRECTIONS)
-@pytest.mark.parametrize(("size", "peer"), suite.size_and_peer(FEATURE_FAMILY))
-def test_wkd_feature(benchmark, size, peer, direction):
-    suite.run(benchmark, problem("wkd_feature", size), peer, size, direction, f"wkd_feature {size}")
+@pytest.mark.parametrize(("family", "size", "peer"), CASES)
+def test_loss(benchmark, family, size, peer, direction):
+    suite.run(benchmark, problem(family.op, size), peer, size, direction, f"{family.op} {size}")

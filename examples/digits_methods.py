@@ -228,14 +228,15 @@ def draw(path: Path, result: dict) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, row in result["methods"].items():
+    for k, (name, row) in enumerate(result["methods"].items()):
         mean, error = mean_and_error(row["accuracy"])
         if row["step_ms"]:
-            axes.errorbar(statistics.median(row["step_ms"]), mean, yerr=error, fmt="o", capsize=3, label=name)
+            marker = "os^"[k // 10]  # there are ten colours
+            axes.errorbar(statistics.median(row["step_ms"]), mean, yerr=error, fmt=marker, capsize=3, label=name)
         else:
             axes.axhline(mean, color="black", linewidth=0.8, label=name)
     axes.set(xlabel="ms a training step", ylabel="test accuracy, % (mean and standard error)")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 

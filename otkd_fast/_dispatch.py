@@ -59,12 +59,31 @@ KERNELS = {
         "cost_matrix",
         "sinkhorn",
         "sinkhorn_shared",
+        "sinkhorn_ragged",
         "sinkhorn_points",
         "sinkd",
         "polar",
+        "sqrtm",
         "gaussian_wasserstein",
         "feature_moments",
     ),
+}
+
+# (op, what a call asks of it) -> backends whose kernels do not have it: the reference runs in place of them, also where
+# they are named
+WITHOUT = {
+    ("sinkhorn", "gradient='implicit'"): ("cuda",),
+    ("sinkhorn_shared", "gradient='implicit'"): ("cuda",),
+    ("sinkhorn_shared", "guards"): ("cuda", "triton"),
+}
+
+# where the kernels of a backend leave a part of a case to the reference, for `explain`
+_LEFT_TO_REFERENCE = {
+    ("sqrtm", "triton"): "matrices beyond 64 x 64: eigenvalues by PyTorch, as the reference",
+    ("sinkhorn_ragged", "triton"): "gradient='implicit': its linear solve is the reference's, problem by problem",
+    ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
+    ("sinkhorn_shared", "triton"): "gradient='implicit': its linear solve is the reference's",
+    ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"
@@ -75,7 +94,8 @@ _current = contextvars.ContextVar("otkd_fast_backend", default=_DEFAULT)
 class _Mirror(threading.local):
     """The same name once more for torch.compile, which cannot read a ContextVar but guards on this attribute."""
 
-    name = _DEFAULT
+    def __init__(self) -> None:  # once a thread: torch 2.11 guards on attributes of the instance only
+        self.name = _DEFAULT
 
 
 _mirror = _Mirror()
@@ -126,8 +146,8 @@ def _choices() -> dict[tuple[str, str, str], str]:
 _CHOICES = _choices()
 
 
-def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
-    """Name of the backend that runs `op` on tensors on `device`.
+def resolve(op: str, device: torch.device, backend: str | None = None, asks: str | None = None) -> str:
+    """Name of the backend that runs `op` on tensors on `device`; `asks`: what of WITHOUT the call asks for.
 
     Raises:
         ValueError: unknown backend name.
@@ -136,7 +156,9 @@ def resolve(op: str, device: torch.device, backend: str | None = None) -> str:
     if backend is None:
         backend = _mirror.name if torch.compiler.is_compiling() else _current.get()
     choice = _CHOICES.get((op, device.type, backend))
-    return choice if choice is not None else _resolve_rarely(op, device.type, backend)
+    if choice is None:
+        choice = _resolve_rarely(op, device.type, backend)
+    return choice if asks is None or choice not in WITHOUT.get((op, asks), ()) else "reference"
 
 
 def _resolve_rarely(op: str, device_type: str, backend: str) -> str:
@@ -220,8 +242,13 @@ def explain(op: str, *tensors: torch.Tensor) -> str:
     except RuntimeError as error:
         choice = None
         lines = [f"{op} on {device_type} tensors: the call fails, because {error}"]
+    if (op, choice) in _LEFT_TO_REFERENCE:
+        lines.append(f"  but {_LEFT_TO_REFERENCE[op, choice]}")
     for other in NAMES[1:]:
         if other != choice:
             reason = _reason(op, other, device_type)
             lines.append(f"  {other}: {'available' if reason is None else reason}")
+    for (of, asks), without in WITHOUT.items():
+        if of == op and choice in without:
+            lines.append(f"  with {asks}: 'reference' runs, because the {choice} kernels do not have it")
     return "\n".join(lines)

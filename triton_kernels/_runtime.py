@@ -45,7 +45,7 @@ class AotCase(NamedTuple):
     num_warps: int = 4
     num_stages: int = 2
     fp_fusion: bool = True
-    may_spill: bool = False
+    may_spill: str = ""  # why it may; "": it must not
     quick: bool = False  # compiled in the default tests too
 
 

@@ -9,13 +9,15 @@ import torch
 from . import _sinkhorn_large as large
 from ._runtime import SIGNATURE_DTYPES, TL_DTYPES, AotCase
 
-_SIZES = ("n", "m", "d", "width", "num_iters", "step", "problems", "together")
+_SIZES = (
+    "n", "m", "d", "width", "num_iters", "step", "problems", "together", "packed_n", "packed_m", "entries", "slots",
+)  # fmt: skip
 _DOUBLES = (
     "history", "scratch", "adjoint_f", "adjoint_g", "own", "other", "kept", "kept_before", "omega_at", "previous_at",
     "phi",
     "gamma", "rows", "columns", "mass", "spent", "potentials_n", "potentials_m", "f_bar", "g_bar", "transport_at",
     "value_at",
-    "adjoint", "start",
+    "adjoint", "start", "work",
 )  # fmt: skip
 _FLOATS = ("epsilon", "tol", "omega", "lambda_a", "lambda_b", "drop_a", "drop_b", "factor", "exponent")
 _DOUBLE_OUT = ("back_half", "point_gradient", "applied_gradient")
@@ -28,7 +30,7 @@ def _type(kernel: str, name: str, dtype: torch.dtype, metric: int) -> str:
         return "i32"
     if name in ("running", "steps"):
         return "*i32:16"
-    if name == "count":
+    if name in ("count", "starts", "row_offsets", "column_offsets"):
         return "*i64:16"
     if name == "wide_at" and metric >= 0:
         return "*i32:16" if dtype == torch.float32 else "*i64:16"
@@ -40,7 +42,7 @@ def _type(kernel: str, name: str, dtype: torch.dtype, metric: int) -> str:
 def case(
     name: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any], absent: tuple[str,
     ...] = (),
-    **keywords: bool,
+    **keywords: bool | str,
 ) -> AotCase:  # fmt: skip
     """`absent`: the arguments that are None."""
     launch = dict(launch)
@@ -66,9 +68,9 @@ def tiles(
     sizes = {"METRIC": metric, "BN": rows, "BM": columns} if metric != NO_METRIC else {"BN": rows, "BM": columns}
     kind = {-1: "", 0: " l1", 1: " l2", 2: " square"}[metric if metric != NO_METRIC else -1]
     what = f"{kernel_name}{kind} {SIGNATURE_DTYPES[dtype]}"
-    spills = kernel_name in ("columns' gradient", "cost gradient")  # a few bytes on one architecture
+    launch = large.GRADIENT_LAUNCH if "gradient" in kernel_name else large.LAUNCH
     constants = {"DATA": TL_DTYPES[dtype]} | constants | sizes
-    return case(what, kernel, dtype, constants, large.LAUNCH, absent, may_spill=spills)
+    return case(what, kernel, dtype, constants, launch, absent)
 
 
 NO_METRIC = -2

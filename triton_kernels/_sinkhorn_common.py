@@ -122,7 +122,7 @@ def relaxation(omega, previous, error, step):
     if (step >= 10) & (step % 10 == 0):
         ratio = tl.where(previous > 0, error / previous, 0.0)
         ratio = tl.where(ratio > 0.9999, 0.9999, ratio)
-        best = 2.0 / (1.0 + tl.sqrt(1.0 - ratio))
+        best = tl.floor(2048.0 / (1.0 + tl.sqrt(1.0 - ratio)) + 0.5) / 1024.0
         best = tl.where(best > 1.95, 1.95, best)
         kept = tl.where(error > previous, 1.0, omega)
         omega = tl.where(step == 10, best, kept)

@@ -18,6 +18,7 @@ from ._sinkhorn_tiles import decide, half_iteration, plan_sums
 from ._sinkhorn_tiles_bwd import back_half, cost_gradient, point_gradient
 
 LAUNCH = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+GRADIENT_LAUNCH = LAUNCH | {"num_warps": 8}
 BLOCK = 512  # entries of a vector at a time, in `decide`
 
 
@@ -338,7 +339,7 @@ def _operands(sides: Sides, adjoint: Adjoint, n: int) -> tuple:
 def _constexprs(costs: Costs, sides: Sides, adjoint: Adjoint, rows: int, columns: int) -> dict:
     return {
         "DATA": TL_DTYPES[dtype_of(costs)], "HAS_A": sides.a is not None, "HAS_B": sides.b is not None,
-        "CONSTANT": adjoint.constant, "UNROLL": adjoint.unroll, "BN": rows, "BM": columns, **LAUNCH,
+        "CONSTANT": adjoint.constant, "UNROLL": adjoint.unroll, "BN": rows, "BM": columns, **GRADIENT_LAUNCH,
     }  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def keep_both(history, slot, left, right, i, j, n, m):
 
 @jit
 def first_sums(
-    cost, base, initial_g, b_ptr, p, scratch, scale, i, n, m, stride_i, stride_j, a,
+    cost, base, initial_g, b_ptr, at_m, scratch, scale, i, n, m, stride_i, stride_j, a,
     HAS_B: tl.constexpr, HAS_G: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """The start of gamma, into scratch, and the logarithms of its sums over the columns."""
@@ -161,8 +161,8 @@ def first_sums(
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
-        b = load_masses(b_ptr, p * m, j, m, HAS_B)
-        gamma = start(initial_g, p * m, j, m, b, scale, HAS_G)
+        b = load_masses(b_ptr, at_m, j, m, HAS_B)
+        gamma = start(initial_g, at_m, j, m, b, scale, HAS_G)
         tl.store(scratch + j, gamma, mask=j < m)
         top, total = grow(top, total, gamma[None, :] - c.to(tl.float64) * scale)
     return log_of(top, total)
@@ -170,7 +170,7 @@ def first_sums(
 
 @jit
 def update_columns(
-    cost, base, b_ptr, p, scratch, history, slot, phi, scale, i, n, m, stride_i, stride_j, omega, lambda_b, drop_b,
+    cost, base, b_ptr, at_m, scratch, history, slot, phi, scale, i, n, m, stride_i, stride_j, omega, lambda_b, drop_b,
     HAS_B: tl.constexpr, KEEP: tl.constexpr, RELAXED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """gamma after phi, in scratch; the logarithms of its sums over the columns; the marginal error of the columns."""
@@ -180,7 +180,7 @@ def update_columns(
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
-        b = load_masses(b_ptr, p * m, j, m, HAS_B)
+        b = load_masses(b_ptr, at_m, j, m, HAS_B)
         log_b = log_masses(b, DATA)
         down = log_sums(c, scale, phi[:, None], 0)
         old = tl.load(scratch + j, mask=j < m, other=float("-inf"))
@@ -197,7 +197,7 @@ def update_columns(
 
 @jit
 def iterate_logs(
-    cost, base, b_ptr, initial_g, p, scratch, history, scale, a, log_a, phi, i, n, m, stride_i, stride_j, num_iters,
+    cost, base, b_ptr, initial_g, at_m, scratch, history, scale, a, log_a, phi, i, n, m, stride_i, stride_j, num_iters,
     tol,
     omega, lambda_a, lambda_b, drop_a, drop_b,
     HAS_B: tl.constexpr, HAS_G: tl.constexpr, KEEP: tl.constexpr, STOP: tl.constexpr, AUTO: tl.constexpr,
@@ -205,7 +205,7 @@ def iterate_logs(
 ):  # fmt: skip  # noqa: N803
     """phi, its sums over the columns, the marginal error of the columns, the iterations that ran; gamma in scratch."""
     across = first_sums(
-        cost, base, initial_g, b_ptr, p, scratch, scale, i, n, m, stride_i, stride_j, a, HAS_B, HAS_G, CHUNK
+        cost, base, initial_g, b_ptr, at_m, scratch, scale, i, n, m, stride_i, stride_j, a, HAS_B, HAS_G, CHUNK
     )
     DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
     column_error, previous = tl.zeros((), tl.float64), tl.zeros((), tl.float64)
@@ -218,7 +218,7 @@ def iterate_logs(
         if KEEP == 2:
             tl.store(history + 2 + step.to(tl.int64) * (n + m) + i, phi, mask=i < n)
         across, column_error = update_columns(
-            cost, base, b_ptr, p, scratch, history, step, phi, scale, i, n, m, stride_i, stride_j, omega, lambda_b,
+            cost, base, b_ptr, at_m, scratch, history, step, phi, scale, i, n, m, stride_i, stride_j, omega, lambda_b,
             drop_b,
             HAS_B, KEEP, RELAXED, CHUNK,
         )  # fmt: skip
@@ -234,7 +234,7 @@ def iterate_logs(
 
 @jit
 def finish(
-    cost, base, b_ptr, p, scratch, history, slot, phi, scale, i, n, m, stride_i, stride_j, g, epsilon, drop_b,
+    cost, base, b_ptr, at_m, scratch, history, slot, phi, scale, i, n, m, stride_i, stride_j, g, epsilon, drop_b,
     HAS_B: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """<P, C>, the columns' part of the dual value and their mass; g is written, and kept in a slot if KEPT."""
@@ -243,13 +243,13 @@ def finish(
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
-        b = load_masses(b_ptr, p * m, j, m, HAS_B)
+        b = load_masses(b_ptr, at_m, j, m, HAS_B)
         gamma = tl.load(scratch + j, mask=j < m, other=float("-inf"))
         plan = plan_tile(c, scale, phi, gamma)
         inner += tl.sum(tl.sum(plan * tl.where(c < float("inf"), c, 0.0), 1).to(tl.float64))
         value += side_value(b, log_masses(b, DATA), gamma, epsilon, drop_b, DATA)
         mass += tl.sum(b)
-        tl.store(g + p * m + j, (gamma * (epsilon * LN2)).to(c.dtype), mask=j < m)
+        tl.store(g + at_m + j, (gamma * (epsilon * LN2)).to(c.dtype), mask=j < m)
         if KEPT:
             keep_columns(history, slot, gamma, j, n, m)
     return inner, value, mass
@@ -267,24 +267,39 @@ def solve_small(
 ):  # fmt: skip  # noqa: N803
     """The problem of this program. PLAIN: no penalties, no over-relaxation, so that it may run on scalings."""
     p = tl.program_id(0).to(tl.int64)
+    solve_problem(
+        cost, p * stride_p, a_ptr, b_ptr, initial_f, initial_g, p * n, p * m, p, transport_cost, regularized_cost, f, g,
+        marginal_error, count, history + p * history_stride, scratch + p * m, n, m, stride_i, stride_j, num_iters,
+        epsilon, tol, omega, lambda_a, lambda_b, drop_a, drop_b,
+        HAS_A, HAS_B, HAS_F, HAS_G, KEEP, STOP, AUTO, RELAXED, PLAIN, BN, BM, CHUNK,
+    )  # fmt: skip
+
+
+@jit
+def solve_problem(
+    cost, base, a_ptr, b_ptr, initial_f, initial_g, at_n, at_m, p, transport_cost, regularized_cost, f, g,
+    marginal_error, count, history, scratch, n, m, stride_i, stride_j, num_iters,
+    epsilon, tol, omega, lambda_a, lambda_b, drop_a, drop_b,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_F: tl.constexpr, HAS_G: tl.constexpr,
+    KEEP: tl.constexpr, STOP: tl.constexpr, AUTO: tl.constexpr, RELAXED: tl.constexpr, PLAIN: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip  # noqa: N803
+    """Problem p: costs begin at `base`, rows at `at_n`, columns at `at_m`; history and scratch are its own."""
     i, j = tl.arange(0, BN), tl.arange(0, BM)
     epsilon, tol, omega = scalar(epsilon, tl.float64), scalar(tol, tl.float64), scalar(omega, tl.float64)
     lambda_a, lambda_b = scalar(lambda_a, tl.float64), scalar(lambda_b, tl.float64)
     drop_a, drop_b = scalar(drop_a, tl.float64), scalar(drop_b, tl.float64)
     scale = LOG2E / epsilon
-    history += p * history_stride
-    scratch += p * m
-    base = p * stride_p
     DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
-    a = load_masses(a_ptr, p * n, i, n, HAS_A)
+    a = load_masses(a_ptr, at_n, i, n, HAS_A)
     log_a = log_masses(a, DATA)
-    phi = start(initial_f, p * n, i, n, a, scale, HAS_F)
+    phi = start(initial_f, at_n, i, n, a, scale, HAS_F)
     fits = tl.full((), 0, tl.int1)
     if PLAIN:
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
         least = least_cost(c)
-        b = load_masses(b_ptr, p * m, j, m, HAS_B)
-        gamma = start(initial_g, p * m, j, m, b, scale, HAS_G)
+        b = load_masses(b_ptr, at_m, j, m, HAS_B)
+        gamma = start(initial_g, at_m, j, m, b, scale, HAS_G)
         fits = fits_scalings(c, scale, least, a, b, gamma)
     if fits:
         if PLAIN:
@@ -299,14 +314,14 @@ def solve_small(
             rows, column_error, step = phi, epsilon, tl.full((), 0, tl.int32)
     else:
         phi, rows, column_error, step = iterate_logs(
-            cost, base, b_ptr, initial_g, p, scratch, history, scale, a, log_a, phi, i, n, m, stride_i, stride_j,
+            cost, base, b_ptr, initial_g, at_m, scratch, history, scale, a, log_a, phi, i, n, m, stride_i, stride_j,
             num_iters,
             tol, omega, lambda_a, lambda_b, drop_a, drop_b, HAS_B, HAS_G, KEEP, STOP, AUTO, RELAXED, CHUNK,
         )  # fmt: skip
     tl.debug_barrier()
     last = tl.full((), 1 if KEEP == 3 else 0, tl.int32)
     inner, value, mass = finish(
-        cost, base, b_ptr, p, scratch, history, last, phi, scale, i, n, m, stride_i, stride_j, g, epsilon, drop_b,
+        cost, base, b_ptr, at_m, scratch, history, last, phi, scale, i, n, m, stride_i, stride_j, g, epsilon, drop_b,
         HAS_B,
         KEEP == 1, CHUNK,
     )  # fmt: skip
@@ -324,7 +339,7 @@ def solve_small(
     tl.store(regularized_cost + p, value.to(DATA))
     tl.store(marginal_error + p, error.to(DATA))
     tl.store(count + p, step.to(tl.int64))
-    tl.store(f + p * n + i, (phi * (epsilon * LN2)).to(DATA), mask=i < n)
+    tl.store(f + at_n + i, (phi * (epsilon * LN2)).to(DATA), mask=i < n)
 
 
 @jit

@@ -49,15 +49,15 @@ def add_to(pointer, values, inside, NEEDED: tl.constexpr):  # noqa: N803
 
 @jit
 def unroll_scalings(
-    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, f_, a, by_a, scale, i, j, n, m, stride_i, stride_j,
+    cost, base, b_ptr, initial_g, at_m, scratch, history, grad_cost, f_, a, by_a, scale, i, j, n, m, stride_i, stride_j,
     epsilon,
     out_i, out_j, steps, first, HAS_B: tl.constexpr, HAS_G: tl.constexpr, NEED_COST: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """by_a after the loop; g_ and by_b in scratch. The scalings after step s are in slot s + first."""
     c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
     k = kernel_tile(c, scale, least_cost(c))
-    b = load_masses(b_ptr, p * m, j, m, HAS_B)
-    gamma = start(initial_g, p * m, j, m, b, scale, HAS_G)
+    b = load_masses(b_ptr, at_m, j, m, HAS_B)
+    gamma = start(initial_g, at_m, j, m, b, scale, HAS_G)
     inverse_a, inverse_b = inverse(a).to(c.dtype), inverse(b).to(c.dtype)
     g_ = tl.load(scratch + j, mask=j < m, other=0.0).to(c.dtype)
     by_b = tl.load(scratch + m + j, mask=j < m, other=0.0)
@@ -88,15 +88,15 @@ def unroll_scalings(
 
 @jit
 def back_to_rows(
-    cost, base, b_ptr, p, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j, out_i, out_j,
-    epsilon, lambda_b, HAS_B: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
+    cost, base, b_ptr, at_m, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j, out_i,
+    out_j, epsilon, lambda_b, HAS_B: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
     """f_ - lambda_b V g_; its terms are added to dC, epsilon g_ / b to db."""
     DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
-        b = load_masses(b_ptr, p * m, j, m, HAS_B)
+        b = load_masses(b_ptr, at_m, j, m, HAS_B)
         gamma = kept_columns(history, slot, j, n, m, float("-inf"))
         g_ = tl.where(gamma == float("-inf"), 0.0, tl.load(scratch + j, mask=j < m, other=0.0))
         add_to(scratch + m + j, epsilon * inverse(b) * g_, j < m, True)
@@ -112,7 +112,7 @@ def back_to_rows(
 
 @jit
 def back_to_columns(
-    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j,
+    cost, base, b_ptr, initial_g, at_m, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j,
     out_i,
     out_j, lambda_a, HAS_B: tl.constexpr, HAS_G: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
@@ -124,7 +124,7 @@ def back_to_columns(
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
         before = kept_columns(history, tl.maximum(slot - 1, 0), j, n, m, float("-inf"))
         if slot == 0:
-            before = start(initial_g, p * m, j, m, load_masses(b_ptr, p * m, j, m, HAS_B), scale, HAS_G)
+            before = start(initial_g, at_m, j, m, load_masses(b_ptr, at_m, j, m, HAS_B), scale, HAS_G)
         terms = plan_tile(c, scale, phi, before) * (f_ * lambda_a.to(c.dtype))[:, None]
         place = i[:, None] * out_i + j[None, :] * out_j
         add_to(grad_cost + place, terms, (i < n)[:, None] & (j < m)[None, :], NEED_COST)
@@ -133,7 +133,7 @@ def back_to_columns(
 
 @jit
 def unroll_logs(
-    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, f_, a, log_a, by_a, scale, i, n, m, stride_i,
+    cost, base, b_ptr, initial_g, at_m, scratch, history, grad_cost, f_, a, log_a, by_a, scale, i, n, m, stride_i,
     stride_j,
     out_i, out_j, epsilon, lambda_a, lambda_b, steps, first,
     HAS_B: tl.constexpr, HAS_G: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
@@ -145,7 +145,7 @@ def unroll_logs(
         phi = kept_rows(history, slot, i, n, m, float("-inf"))
         tl.debug_barrier()
         f_ = back_to_rows(
-            cost, base, b_ptr, p, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j,
+            cost, base, b_ptr, at_m, scratch, history, grad_cost, slot, phi, f_, scale, i, n, m, stride_i, stride_j,
             out_i, out_j,
             epsilon, lambda_b, HAS_B, NEED_COST, CHUNK,
         )  # fmt: skip
@@ -153,7 +153,7 @@ def unroll_logs(
         by_a += epsilon * inverse_a * f_.to(tl.float64)
         tl.debug_barrier()
         back_to_columns(
-            cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, slot, normalised(phi, log_a, lambda_a), f_,
+            cost, base, b_ptr, initial_g, at_m, scratch, history, grad_cost, slot, normalised(phi, log_a, lambda_a), f_,
             scale, i,
             n, m, stride_i, stride_j, out_i, out_j, lambda_a, HAS_B, HAS_G, NEED_COST, CHUNK,
         )  # fmt: skip
@@ -191,7 +191,7 @@ def final_columns(history, slot, j, n, m, scalings, DATA: tl.constexpr):  # noqa
 
 @jit
 def at_the_end(
-    cost, base, b_ptr, p, scratch, history, grad_cost, grad_g, by_transport, by_value, last, phi, a, log_a, scale,
+    cost, base, b_ptr, at_m, scratch, history, grad_cost, grad_g, by_transport, by_value, last, phi, a, log_a, scale,
     scalings,
     i, n, m, stride_i, stride_j, out_i, out_j, epsilon, drop_a, drop_b,
     HAS_B: tl.constexpr, IN_G: tl.constexpr, MODE: tl.constexpr, NEED_COST: tl.constexpr, CHUNK: tl.constexpr,
@@ -204,7 +204,7 @@ def at_the_end(
     for k in range(tl.cdiv(m, CHUNK)):
         j = k * CHUNK + tl.arange(0, CHUNK)
         c = load_costs(cost, base, i, j, n, m, stride_i, stride_j)
-        b = load_masses(b_ptr, p * m, j, m, HAS_B)
+        b = load_masses(b_ptr, at_m, j, m, HAS_B)
         gamma = final_columns(history, last, j, n, m, scalings, DATA)
         plan = plan_tile(c, scale, phi, gamma)
         finite = tl.where(c < float("inf"), c, 0.0)
@@ -220,7 +220,7 @@ def at_the_end(
         mass += tl.sum(b)
         g_, by_b = side_gradient(b, log_masses(b, DATA), gamma, tl.sum(plan, 0), tl.sum(a), epsilon, drop_b, DATA)
         g_ = by_value * g_ if MODE != 4 else tl.zeros_like(g_)
-        g_ += by_transport * tl.sum(spent, 0).to(tl.float64) / epsilon + incoming_side(grad_g, p * m, j, m, gamma, IN_G)
+        g_ += by_transport * tl.sum(spent, 0).to(tl.float64) / epsilon + incoming_side(grad_g, at_m, j, m, gamma, IN_G)
         tl.store(scratch + j, g_, mask=j < m)
         tl.store(scratch + m + j, by_value * by_b if MODE != 2 else tl.zeros_like(by_b), mask=j < m)
     f_, by_a = side_gradient(a, log_a, phi, rows, mass, epsilon, drop_a, DATA)
@@ -239,22 +239,37 @@ def differentiate_small(
     MODE: tl.constexpr, PLAIN: tl.constexpr, NEED_COST: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip  # noqa: N803
-    """MODE: 0 unroll, 1 envelope, 2 detach, 3 last_step; 4 implicit: the derivatives at fixed potentials, and in
-    adjoint_f
-    and adjoint_g those by the final potentials, where the linear solve starts.
-    """
+    """The problem of this program; MODE as in `differentiate_problem`."""
     p = tl.program_id(0).to(tl.int64)
+    differentiate_problem(
+        cost, p * stride_p, a_ptr, b_ptr, initial_g, p * n, p * m, p, history + p * history_stride, grad_transport,
+        grad_regularized, grad_f, grad_g, grad_cost + p * n * m, grad_a, grad_b, adjoint_f, adjoint_g,
+        scratch + p * 2 * m, n, m, stride_i, stride_j, out_i, out_j, epsilon, lambda_a, lambda_b, drop_a, drop_b,
+        HAS_A, HAS_B, HAS_G, IN_TRANSPORT, IN_REGULARIZED, IN_F, IN_G, MODE, PLAIN, NEED_COST, NEED_A, NEED_B, BN, BM,
+        CHUNK,
+    )  # fmt: skip
+
+
+@jit
+def differentiate_problem(
+    cost, base, a_ptr, b_ptr, initial_g, at_n, at_m, p, history, grad_transport, grad_regularized, grad_f, grad_g,
+    grad_cost, grad_a, grad_b, adjoint_f, adjoint_g, scratch, n, m, stride_i, stride_j, out_i, out_j,
+    epsilon, lambda_a, lambda_b, drop_a, drop_b,
+    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_G: tl.constexpr,
+    IN_TRANSPORT: tl.constexpr, IN_REGULARIZED: tl.constexpr, IN_F: tl.constexpr, IN_G: tl.constexpr,
+    MODE: tl.constexpr, PLAIN: tl.constexpr, NEED_COST: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip  # noqa: N803
+    """MODE: 0 unroll, 1 envelope, 2 detach, 3 last_step; 4 implicit: the derivatives at fixed potentials, and in
+    adjoint_f and adjoint_g those by the final potentials, where the linear solve starts.
+    """
     i, j = tl.arange(0, BN), tl.arange(0, BM)
     epsilon = scalar(epsilon, tl.float64)
     lambda_a, lambda_b = scalar(lambda_a, tl.float64), scalar(lambda_b, tl.float64)
     drop_a, drop_b = scalar(drop_a, tl.float64), scalar(drop_b, tl.float64)
     scale = LOG2E / epsilon
-    history += p * history_stride
-    scratch += p * 2 * m
-    grad_cost += p * n * m
-    base = p * stride_p
     DATA: tl.constexpr = cost.dtype.element_ty  # noqa: N806
-    a = load_masses(a_ptr, p * n, i, n, HAS_A)
+    a = load_masses(a_ptr, at_n, i, n, HAS_A)
     log_a = log_masses(a, DATA)
     scalings = tl.load(history) > 0
     steps = tl.load(history + 1).to(tl.int32)
@@ -269,32 +284,32 @@ def differentiate_small(
         phi = logs(tl.where(i < n, phi, 0.0).to(DATA)) + least_cost(c).to(tl.float64) * scale
     by_transport, by_value = incoming(grad_transport, p, IN_TRANSPORT), incoming(grad_regularized, p, IN_REGULARIZED)
     f_, by_a = at_the_end(
-        cost, base, b_ptr, p, scratch, history, grad_cost, grad_g, by_transport, by_value, last, phi, a, log_a, scale,
-        scalings, i, n, m, stride_i, stride_j, out_i, out_j, epsilon, drop_a, drop_b, HAS_B, IN_G, MODE, NEED_COST,
-        CHUNK,
+        cost, base, b_ptr, at_m, scratch, history, grad_cost, grad_g, by_transport, by_value, last, phi, a, log_a,
+        scale, scalings, i, n, m, stride_i, stride_j, out_i, out_j, epsilon, drop_a, drop_b, HAS_B, IN_G, MODE,
+        NEED_COST, CHUNK,
     )  # fmt: skip
-    f_ += incoming_side(grad_f, p * n, i, n, phi, IN_F)
+    f_ += incoming_side(grad_f, at_n, i, n, phi, IN_F)
     tl.debug_barrier()
     if (MODE == 0) | (MODE == 3):
         start_f = f_.to(DATA)
         if scalings:
             if PLAIN:
                 by_a = unroll_scalings(
-                    cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, start_f, a, by_a, scale, i, j, n, m,
-                    stride_i, stride_j, epsilon, out_i, out_j, steps, first, HAS_B, HAS_G, NEED_COST,
+                    cost, base, b_ptr, initial_g, at_m, scratch, history, grad_cost, start_f, a, by_a, scale, i, j, n,
+                    m, stride_i, stride_j, epsilon, out_i, out_j, steps, first, HAS_B, HAS_G, NEED_COST,
                 )  # fmt: skip
         else:
             by_a = unroll_logs(
-                cost, base, b_ptr, initial_g, p, scratch, history, grad_cost, start_f, a, log_a, by_a, scale, i, n, m,
-                stride_i,
+                cost, base, b_ptr, initial_g, at_m, scratch, history, grad_cost, start_f, a, log_a, by_a, scale, i, n,
+                m, stride_i,
                 stride_j, out_i, out_j, epsilon, lambda_a, lambda_b, steps, first, HAS_B, HAS_G, NEED_COST, CHUNK,
             )  # fmt: skip
     tl.debug_barrier()
     if MODE == 4:
-        tl.store(adjoint_f + p * n + i, f_, mask=i < n)
-        tl.store(adjoint_g + p * m + j, tl.load(scratch + j, mask=j < m), mask=j < m)
+        tl.store(adjoint_f + at_n + i, f_, mask=i < n)
+        tl.store(adjoint_g + at_m + j, tl.load(scratch + j, mask=j < m), mask=j < m)
     if NEED_A:
-        tl.store(grad_a + p * n + i, by_a.to(DATA), mask=i < n)
+        tl.store(grad_a + at_n + i, by_a.to(DATA), mask=i < n)
     if NEED_B:
         by_b = tl.load(scratch + m + j, mask=j < m)
-        tl.store(grad_b + p * m + j, by_b.to(DATA), mask=j < m)
+        tl.store(grad_b + at_m + j, by_b.to(DATA), mask=j < m)

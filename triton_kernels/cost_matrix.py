@@ -36,14 +36,14 @@ def _forward_tiles(double: bool, pairs: int) -> dict[str, int]:
     """Tile and warps: small ones where there is little to do."""
     if double or pairs < 512 * _FEW_PROGRAMS:
         return {"BI": 8, "BJ": 8, "num_warps": 4}
-    return {"BI": 16, "BJ": 32, "num_warps": 8}
+    return {"BI": 16, "BJ": 32, "num_warps": 16}
 
 
-def _backward_tiles(d: int, softmax: bool) -> dict[str, int]:
+def _backward_tiles(d: int, softmax: bool, metric: str) -> dict[str, int]:
     """Tile, rows of the other side at a time, warps; FUSED: with the derivative of the softmax."""
     if softmax and 128 < d <= _FUSED_FEATURES:
-        return {"BI": 4, "BJ": 2, "BK": power_of_2(d), "num_warps": 4, "FUSED": True}
-    return {"BI": 8, "BJ": 4, "BK": 128, "num_warps": 4, "FUSED": softmax and d <= 128}
+        return {"BI": 4, "BJ": 2, "BK": power_of_2(d), "num_warps": 8, "FUSED": True}
+    return {"BI": 8, "BJ": 2 if metric == "cosine" else 4, "BK": 128, "num_warps": 4, "FUSED": softmax and d <= 128}
 
 
 def _sizes(x: Tensor, y: Tensor) -> tuple[tuple[int, ...], int, int, int, int]:
@@ -133,7 +133,7 @@ def _gradient(
 ) -> Tensor:
     """Gradient of the operand `own` with n rows; C_ij of its row i and the other's row j is at steps . (i, j)."""
     problems, d, kind, double = cost.numel() // (n * m), own.d, cost.dtype, cost.dtype == torch.float64
-    tiles = _backward_tiles(d, own.softmax)
+    tiles = _backward_tiles(d, own.softmax, metric)
     apart = own.softmax and not tiles["FUSED"]  # the softmax's derivative has its own kernel
     summed = own.shared and problems > 1
     out = empty((problems, n, d), own.rows, kind if summed else own.rows.dtype)
@@ -198,16 +198,16 @@ def _metric_cases(dtype: torch.dtype, metric: str) -> list[AotCase]:
                 sides | {"out": kind, "problems": "i32", "length": "i32"} | ints,
                 flags | soft | {"KNOWN": metric == "cosine" or pairs > 1, "WHOLE": pairs == 1}
                 | {"BI": tiles["BI"], "BJ": tiles["BJ"]},
-                num_warps=tiles["num_warps"], may_spill=pairs > 1, quick=softmax and metric == "l1" and not double,
+                num_warps=tiles["num_warps"], quick=softmax and metric == "l1" and not double,
             ))  # fmt: skip
         for d in (128, 512) if softmax else (1024,):
-            tiles = _backward_tiles(d, softmax)
+            tiles = _backward_tiles(d, softmax, metric)
             warps = tiles.pop("num_warps")
             steps = dict.fromkeys(("problem", "row", "rows", "step_i", "step_j"), "i32")
             cases.append(AotCase(
                 f"backward {what} {d}", backward_kernel,
                 sides | {"cost": kind, "grad_cost": kind, "out": data} | ints | steps,
-                flags | soft | tiles, num_warps=warps, may_spill=d > 128 or metric == "cosine",
+                flags | soft | tiles, num_warps=warps,
                 quick=d == 128 and metric == "l1" and dtype == torch.float32,
             ))  # fmt: skip
         one = {"shift": kind, "factor": kind}

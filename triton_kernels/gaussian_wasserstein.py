@@ -120,7 +120,7 @@ def from_samples(x: Tensor, y: Tensor, unbiased: bool, need_x: bool, need_y: boo
         else:
             value = empty(batch, x)
             grads = [empty(t.shape if need else (0,), t) for t, need in ((x, need_x), (y, need_y))]
-            coefficients, size = schedule(0, x.dtype, x.device), tiles(max(n, m))
+            coefficients, size = schedule(0, x.dtype, x.device), tiles(max(n, m), x.dtype)
             scratch = empty((count, 4, size["N"], size["N"]), x)
             samples_kernel[(count,)](
                 x, y, value, *grads, coefficients, scratch, n, m, d, n - unbiased, m - unbiased,
@@ -162,13 +162,13 @@ def aot_cases() -> list[AotCase]:
     pointers = ("x", "y", "value", "grad_x", "grad_y", "coefficients", "scratch")
     for dtype in (torch.float32, torch.float64):
         kind = f"*{SIGNATURE_DTYPES[dtype]}:16"
-        for n in (16, 32, 64) if dtype == torch.float32 else (32,):
-            size = tiles(n)
+        for n in (16, 32, 64):
+            size = tiles(n, dtype)
             cases.append(AotCase(
                 f"samples {n} {kind[1:5]}", samples_kernel,
                 dict.fromkeys(pointers, kind)
                 | dict.fromkeys(("n", "m", "d", "divisor_x", "divisor_y", "steps"), "i32"),
                 {"NEED_X": True, "NEED_Y": True, "N": size["N"], "BK": _FEATURES},
-                num_warps=size["num_warps"], num_stages=1, may_spill=dtype == torch.float64, quick=n == 16,
+                num_warps=size["num_warps"], num_stages=1, quick=n == 16 and dtype == torch.float32,
             ))  # fmt: skip
     return cases

@@ -259,7 +259,8 @@ def _applied(costs: large.Costs, own, other, v: Tensor, grad: Tensor, epsilon: f
     applied_gradient[(len(own), cdiv(costs.n, rows))](
         costs.left, costs.right, own, other, v, grad, out, costs.n, costs.m, v.shape[-1], costs.d, costs.wide,
         costs.factor,
-        epsilon, METRIC=costs.metric, DATA=TL_DTYPES[large.dtype_of(costs)], BN=rows, BM=columns, **large.LAUNCH,
+        epsilon, METRIC=costs.metric, DATA=TL_DTYPES[large.dtype_of(costs)], BN=rows, BM=columns,
+        **large.GRADIENT_LAUNCH,
     )  # fmt: skip
     return out
 

@@ -45,12 +45,21 @@ void sinkhorn_bwd(const Problems& problems, int gradient, const Gradients& gradi
     });
 }
 
-// Without giving up the interpreter lock: it takes a microsecond.
-bool are_masses_right(int dtype, Address a, Address b, int64_t batch, int64_t n, int64_t m, double tolerance) {
-    if (dtype == static_cast<int>(DType::float32)) {
-        return masses_right(pointer<float>(a), pointer<float>(b), batch, n, m, tolerance);
-    }
-    return masses_right(pointer<double>(a), pointer<double>(b), batch, n, m, tolerance);
+// address, size and stride of the rows
+using Rows = std::tuple<Address, int64_t, int64_t>;
+
+template <class T>
+bool are_right(const Rows& a, const Rows& b, int64_t batch, double tolerance) {
+    const auto masses = [](const Rows& rows) {
+        return Masses<T>{pointer<T>(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)};
+    };
+    return masses_right(masses(a), masses(b), batch, tolerance);
+}
+
+// Without giving up the interpreter lock: it takes a few microseconds.
+bool are_masses_right(int dtype, const Rows& a, const Rows& b, int64_t batch, double tolerance) {
+    const bool single = dtype == static_cast<int>(DType::float32);
+    return single ? are_right<float>(a, b, batch, tolerance) : are_right<double>(a, b, batch, tolerance);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ struct SharedCall {
     int dtype = 0, method = 0, keep = 0, gradient = 0, threads = 1;
     int64_t batch = 0, n = 0, m = 0, count = 0, num_iters = 0, apart_stride = 0;
     bool cost_transposed = false;
-    double epsilon = 0, tol = 0, relaxation = 1, penalty_a = 0, penalty_b = 0;
+    double epsilon = 0, tol = 0, relaxation = 1, penalty_a = 0, penalty_b = 0, guard_a = 0, guard_b = 0;
     Address cost = 0, a = 0, b = 0, initial_f = 0, initial_g = 0, problems = 0, workspace = 0;
     Address blocks = 0, apart = 0, iterations = 0, methods = 0, kept_iterations = 0, left = 0;
     Address transport_cost = 0, regularized_cost = 0, f = 0, g = 0, marginal_error = 0;
@@ -23,7 +23,7 @@ struct SharedCall {
     SinkhornSharedArgs<T> args() const {
         return {pointer<T>(cost), cost_transposed, pointer<T>(a), pointer<T>(b), pointer<T>(initial_f), pointer<T>(initial_g),
                 pointer<int64_t>(problems), pointer<unsigned char>(workspace), batch, n, m, count, num_iters,
-                static_cast<Method>(method), static_cast<Keep>(keep), epsilon, tol, relaxation, penalty_a, penalty_b,
+                static_cast<Method>(method), static_cast<Keep>(keep), epsilon, tol, relaxation, penalty_a, penalty_b, guard_a, guard_b,
                 threads, pointer<T>(blocks), pointer<double>(apart), apart_stride, pointer<int64_t>(iterations),
                 pointer<double>(methods), pointer<int64_t>(left), pointer<T>(transport_cost), pointer<T>(regularized_cost), pointer<T>(f),
                 pointer<T>(g), pointer<T>(marginal_error), static_cast<Gradient>(gradient),
@@ -87,7 +87,8 @@ void bind_sinkhorn_shared(pybind11::module_& module) {
     }
     for (auto [name, field] : {std::pair{"epsilon", &Call::epsilon}, {"tol", &Call::tol},
                                {"relaxation", &Call::relaxation}, {"penalty_a", &Call::penalty_a},
-                               {"penalty_b", &Call::penalty_b}}) {
+                               {"penalty_b", &Call::penalty_b}, {"guard_a", &Call::guard_a},
+                               {"guard_b", &Call::guard_b}}) {
         call.def_readwrite(name, field);
     }
     for (auto [name, field] :

@@ -334,6 +334,19 @@ OTKD_INLINE Vec<float> reciprocal<float>(Vec<float> x) {
 }
 #endif
 
+// y / x, error about one unit in the last place; x = 0 and infinite x may give NaN.
+template <class T>
+OTKD_INLINE Vec<T> quotient(Vec<T> y, Vec<T> x) {
+    return y / x;
+}
+#if defined(__AVX512F__)
+template <>
+OTKD_INLINE Vec<float> quotient<float>(Vec<float> y, Vec<float> x) {
+    const Vec<float> inverse = (Vec<float>)_mm512_rcp14_ps((__m512)x), first = y * inverse;  // one step of Newton
+    return first + first * (1.0f - x * inverse);
+}
+#endif
+
 // 1 / sqrt(x), error about one unit in the last place; x = 0 and infinite x may give NaN.
 template <class T>
 OTKD_INLINE Vec<T> reciprocal_sqrt(Vec<T> x) {

@@ -15,7 +15,20 @@ void LaneGroup<S, T, kVectors>::incoming(const T* grads, V* values) const {
     for (int g = 0; g < kVectors; ++g) values[g] = load(lanes + g * kWidth);
 }
 
-// u_, v_ and the trace of the steps that are differentiated.
+// The trace from the loop itself, and u_ and v_ from its end.
+template <class S, class T, int kVectors>
+void LaneGroup<S, T, kVectors>::iterate_again() {
+    iterate(steps_, trace_);
+    std::memcpy(u_, trace_u(steps_ - 1), n_ * kLanes * sizeof(S));
+    std::memcpy(v_, trace_v(steps_ - 1), m_ * kLanes * sizeof(S));
+    for (int64_t l = 0; l < count_; ++l) {
+        if (ran_[l] == steps_) continue;
+        for (int64_t i = 0; i < n_; ++i) u_[i * kLanes + l] = ran_[l] > 0 ? trace_u(ran_[l] - 1)[i * kLanes + l] : S(0);
+        for (int64_t j = 0; j < m_; ++j) v_[j * kLanes + l] = ran_[l] > 0 ? trace_v(ran_[l] - 1)[j * kLanes + l] : S(0);
+    }
+}
+
+// u_ and v_ from the history, and the step that is differentiated.
 template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::last_scalings() {
     const int64_t slot = args_.gradient == Gradient::last_step ? 1 : 0;
@@ -30,12 +43,9 @@ void LaneGroup<S, T, kVectors>::last_scalings() {
         for (int64_t j = 0; j < p.m; ++j) v_[j * kLanes + l] = last[p.n + j];
         for (int64_t j = 0; slot && j < p.m; ++j) start_[j * kLanes + l] = first[p.n + j];
     }
-    if (args_.gradient == Gradient::unroll) {
-        iterate(steps_, trace_);
-    } else if (steps_ > 0) {
-        std::memcpy(trace_u(0), u_, n_ * kLanes * sizeof(S));
-        std::memcpy(trace_v(0), v_, m_ * kLanes * sizeof(S));
-    }
+    if (steps_ == 0) return;
+    std::memcpy(trace_u(0), u_, n_ * kLanes * sizeof(S));
+    std::memcpy(trace_v(0), v_, m_ * kLanes * sizeof(S));
 }
 
 // Adjoints of the last potentials.
@@ -65,7 +75,7 @@ void LaneGroup<S, T, kVectors>::first_adjoint() {
             for (int64_t j = 0; j < m_; ++j) {
                 const int64_t entry = (i * m_ + j) * kLanes + g * kWidth, column = j * kLanes + g * kWidth;
                 const V kernel = load(kernel_ + entry), v = load(v_ + column);
-                const V kc = kernel > zero ? kernel * (load(cost_ + entry) - base_[g]) : zero;
+                const V weighted = kernel * (load(cost_ + entry) - base_[g]), kc = finite_ ? weighted : (kernel > zero ? weighted : zero);
                 mass += kernel * v;
                 moved += kc * v;
                 store(sums_ + column, load(sums_ + column) + kc * u);
@@ -80,74 +90,128 @@ void LaneGroup<S, T, kVectors>::first_adjoint() {
     }
 }
 
-// Step k backwards, in the lanes that ran it: w and z, and gamma_bar of the step before.
+// 1 / mass, 0 without mass, over what only the loop needs.
 template <class S, class T, int kVectors>
+void LaneGroup<S, T, kVectors>::invert_masses() {
+    const V zero = {};
+    for (const bool rows : {true, false}) {
+        const S* mass = rows ? a_ : b_;
+        S* inverse = rows ? unused_a_ : unused_b_;
+        for (int64_t k = 0; k < (rows ? n_ : m_) * kLanes; k += kWidth) {
+            const V own = load(mass + k);
+            store(inverse + k, own > zero ? S(1) / own : zero);
+        }
+    }
+}
+
+// Step k backwards, in the lanes that ran it (kAll: all): w and z, and gamma_bar of the step before.
+template <class S, class T, int kVectors>
+template <bool kAll>
 void LaneGroup<S, T, kVectors>::adjoint_step(int64_t k) {
     const V zero = {};
     const V now = splat(static_cast<S>(k)), next = splat(static_cast<S>(k + 1));
-    S *w = adjoint_w(k), *z = adjoint_z(k);
-    const S *u = trace_u(k), *v = trace_v(k), *v_before = before(k);
+    const bool masses = args_.grad_a || args_.grad_b, inner = kAll && k + 1 < steps_;
+    S *const w = adjoint_w(k), *const z = adjoint_z(k), *const gamma_bar = gamma_bar_, *const sum_phi = sum_phi_;
+    const S *const u = trace_u(k), *const v = trace_v(k), *const v_before = before(k), *const phi_bar = phi_bar_;
+    const S *const inverse_a = unused_a_, *const inverse_b = unused_b_;
+    const int64_t columns = m_ * kLanes;
     Mask active[kVectors], last[kVectors];
     for (int g = 0; g < kVectors; ++g) {
         active[g] = now < lane_steps_[g];
         last[g] = next == lane_steps_[g];
-        for (int64_t at = g * kWidth; at < m_ * kLanes; at += kLanes) {
-            const V bar = load(gamma_bar_ + at), own = load(b_ + at), value = bar * load(v + at) / own;
-            store(w + at, (own > zero) & active[g] ? value : zero);
-            store(sum_gamma_ + at, load(sum_gamma_ + at) + (active[g] ? bar : zero));
+    }
+    for (int64_t j = 0; j < columns; j += kLanes) {
+        for (int g = 0; g < kVectors; ++g) {
+            const int64_t at = j + g * kWidth;
+            V bar = load(gamma_bar + at);
+            if constexpr (!kAll) bar = active[g] ? bar : zero;
+            store(w + at, bar * (load(v + at) * load(inverse_b + at)));
         }
     }
-    product<false>(w, [&](int64_t i, int g, V sum) {
+    for (int64_t j = 0; masses && j < columns; j += kLanes) {
+        for (int g = 0; g < kVectors; ++g) {
+            const int64_t at = j + g * kWidth;
+            store(sum_gamma_ + at, load(sum_gamma_ + at) + (active[g] ? load(gamma_bar + at) : zero));
+        }
+    }
+    product<false>(w, nullptr, [&](int64_t i, int g, V sum) {
         const int64_t at = i * kLanes + g * kWidth;
-        const V own = load(a_ + at), scaling = load(u + at);
-        const V bar = (last[g] ? load(phi_bar_ + at) : zero) - scaling * sum;
-        const V used = active[g] ? bar : zero;
-        store(sum_phi_ + at, load(sum_phi_ + at) + used);
-        store(z + at, own > zero ? used * scaling / own : zero);
+        const V scaling = load(u + at), through = -(scaling * sum);
+        V bar = through;
+        if (!inner) bar += last[g] ? load(phi_bar + at) : zero;
+        if constexpr (!kAll) bar = active[g] ? bar : zero;
+        if (masses) store(sum_phi + at, load(sum_phi + at) + bar);
+        store(z + at, bar * (scaling * load(inverse_a + at)));
     });
-    product<true>(z, [&](int64_t j, int g, V sum) {
+    product<true>(z, nullptr, [&](int64_t j, int g, V sum) {
         const int64_t at = j * kLanes + g * kWidth;
-        store(gamma_bar_ + at, active[g] ? -(load(v_before + at) * sum) : load(gamma_bar_ + at));
+        const V bar = -(load(v_before + at) * sum);
+        if constexpr (kAll) {
+            store(gamma_bar + at, bar);
+        } else {
+            store(gamma_bar + at, active[g] ? bar : load(gamma_bar + at));
+        }
     });
 }
 
-// C_bar = K (u v (d_transport (1 - C / eps) + d_dual) + sum over the steps of (u w + z v') / eps), into cost_.
+// body(rows, columns, i, j, offset of row i, of column j, of entry (i, j)) of every register tile of each vector.
+template <class S, class T, int kVectors>
+template <class Body>
+OTKD_INLINE void LaneGroup<S, T, kVectors>::for_tiles(const Body& body) const {
+    for (int64_t i = 0; i < n_; i += kLaneRows) {
+        with_count<kLaneRows>(n_ - i, [&](auto rows) {
+            for (int64_t j = 0; j < m_; j += kLaneColumns) {
+                with_count<kLaneColumns>(m_ - j, [&](auto columns) {
+                    for (int g = 0; g < kVectors; ++g) {
+                        body(rows, columns, g, i * kLanes + g * kWidth, j * kLanes + g * kWidth,
+                             (i * m_ + j) * kLanes + g * kWidth);
+                    }
+                });
+            }
+        });
+    }
+}
+
+// bar_ += sum of u w + z v' over the steps [first, last): those of one block, whose vectors are still in the cache.
+template <class S, class T, int kVectors>
+void LaneGroup<S, T, kVectors>::add_steps(int64_t first, int64_t last) {
+    for_tiles([&](auto rows, auto columns, int, int64_t i_at, int64_t j_at, int64_t entry) {
+        constexpr int kR = decltype(rows)::value, kC = decltype(columns)::value;
+        V acc[kR][kC];
+        for (int r = 0; r < kR; ++r) {
+            for (int c = 0; c < kC; ++c) acc[r][c] = load(bar_ + entry + (r * m_ + c) * kLanes);
+        }
+        for (int64_t k = first; k < last; ++k) {
+            const S *left[2] = {trace_u(k) + i_at, adjoint_z(k) + i_at}, *right[2] = {adjoint_w(k) + j_at, before(k) + j_at};
+            for (int half = 0; half < 2; ++half) {
+                V column[kC];
+                for (int c = 0; c < kC; ++c) column[c] = load(right[half] + c * kLanes);
+                for (int r = 0; r < kR; ++r) {
+                    const V row = load(left[half] + r * kLanes);
+                    for (int c = 0; c < kC; ++c) acc[r][c] += row * column[c];
+                }
+            }
+        }
+        for (int r = 0; r < kR; ++r) {
+            for (int c = 0; c < kC; ++c) store(bar_ + entry + (r * m_ + c) * kLanes, acc[r][c]);
+        }
+    });
+}
+
+// C_bar = K (u v (d_transport (1 - C / eps) + d_dual) + bar / eps), into cost_.
 template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::cost_gradient() {
     const V zero = {}, inverse = splat(static_cast<S>(1.0 / args_.epsilon)), slope = steps_ > 0 ? inverse : zero;
-    for (int g = 0; g < kVectors; ++g) {
-        const auto tile = [&](auto rows, auto columns, int64_t i0, int64_t j0) {
-            constexpr int kR = decltype(rows)::value, kC = decltype(columns)::value;
-            const int64_t i_at = i0 * kLanes + g * kWidth, j_at = j0 * kLanes + g * kWidth;
-            V acc[kR][kC] = {};
-            for (int64_t k = 0; k < steps_; ++k) {
-                const S *left[2] = {trace_u(k) + i_at, adjoint_z(k) + i_at}, *right[2] = {adjoint_w(k) + j_at, before(k) + j_at};
-                for (int half = 0; half < 2; ++half) {
-                    V column[kC];
-                    for (int c = 0; c < kC; ++c) column[c] = load(right[half] + c * kLanes);
-                    for (int r = 0; r < kR; ++r) {
-                        const V row = load(left[half] + r * kLanes);
-                        for (int c = 0; c < kC; ++c) acc[r][c] += row * column[c];
-                    }
-                }
+    for (int64_t i = 0; i < n_; ++i) {
+        for (int64_t j = 0; j < m_; ++j) {
+            for (int g = 0; g < kVectors; ++g) {
+                const int64_t at = (i * m_ + j) * kLanes + g * kWidth;
+                const V kernel = load(kernel_ + at), cost = load(cost_ + at) - base_[g];
+                const V direct = of_transport_[g] * (S(1) - cost * slope) + of_dual_[g];
+                const V plan = load(u_ + i * kLanes + g * kWidth) * load(v_ + j * kLanes + g * kWidth);
+                const V value = kernel * (steps_ > 0 ? plan * direct + load(bar_ + at) * inverse : plan * direct);
+                store(cost_ + at, finite_ ? value : (kernel > zero ? value : zero));
             }
-            for (int r = 0; r < kR; ++r) {
-                const V u = load(u_ + i_at + r * kLanes);
-                for (int c = 0; c < kC; ++c) {
-                    const int64_t at = ((i0 + r) * m_ + j0 + c) * kLanes + g * kWidth;
-                    const V kernel = load(kernel_ + at), cost = load(cost_ + at) - base_[g];
-                    const V direct = of_transport_[g] * (S(1) - cost * slope) + of_dual_[g];
-                    const V value = kernel * (u * load(v_ + j_at + c * kLanes) * direct + acc[r][c] * inverse);
-                    store(cost_ + at, kernel > zero ? value : zero);
-                }
-            }
-        };
-        for (int64_t i = 0; i < n_; i += kLaneRows) {
-            with_count<kLaneRows>(n_ - i, [&](auto rows) {
-                for (int64_t j = 0; j < m_; j += kLaneColumns) {
-                    with_count<kLaneColumns>(m_ - j, [&](auto columns) { tile(rows, columns, i, j); });
-                }
-            });
         }
     }
     if (uniform_) {
@@ -201,17 +265,25 @@ void LaneGroup<S, T, kVectors>::backward(bool* solved) {
     steps_ = args_.gradient == Gradient::unroll ? most : args_.gradient == Gradient::last_step;
     load_problems();
     S lane_steps[kLanes];
+    bool all = true;
     for (int64_t l = 0; l < kLanes; ++l) lane_steps[l] = static_cast<S>(args_.gradient == Gradient::unroll ? ran_[l] : 1);
+    for (int64_t l = 0; l < count_; ++l) all &= lane_steps[l] == static_cast<S>(steps_);
     for (int g = 0; g < kVectors; ++g) {
         lane_steps_[g] = load(lane_steps + g * kWidth);
         base_[g] = lowest_[g] - lowest_[g] == V{} ? lowest_[g] : V{};
     }
     incoming(args_.grad_transport_cost, of_transport_);
     incoming(args_.grad_regularized_cost, of_dual_);
-    last_scalings();
+    args_.gradient == Gradient::unroll ? iterate_again() : last_scalings();
     if (steps_ > 0) {
+        fill(S(0), bar_, args_.grad_cost ? n_ * m_ : 0);
         first_adjoint();
-        for (int64_t k = steps_ - 1; k >= 0; --k) adjoint_step(k);
+        invert_masses();
+        for (int64_t k = steps_; k > 0; k -= kStepBlock) {
+            const int64_t first = k > kStepBlock ? k - kStepBlock : 0;
+            for (int64_t step = k - 1; step >= first; --step) all ? adjoint_step<true>(step) : adjoint_step<false>(step);
+            if (args_.grad_cost) add_steps(first, k);
+        }
     }
     if (args_.grad_cost) cost_gradient();
     marginal_gradients();

@@ -34,7 +34,7 @@ void LaneGroup<S, T, kVectors>::iterate_watching() {
     for (int64_t t = 0; t < args_.num_iters; ++t) {
         V errors[kVectors];
         for (int g = 0; g < kVectors; ++g) errors[g] = column_errors[g];
-        product<false>(v_, [&](int64_t i, int g, V sum) {
+        product<false>(v_, nullptr, [&](int64_t i, int g, V sum) {
             const int64_t at = i * kLanes + g * kWidth;
             if (t > 0) errors[g] += abs<S>(load(u_ + at) * sum - load(a_ + at));
             store(sums_ + at, sum + load(unused_a_ + at));
@@ -46,17 +46,17 @@ void LaneGroup<S, T, kVectors>::iterate_watching() {
                 const V total = active[g] ? load(sums_ + at) : splat(S(1));
                 low[g] = min<S>(total, low[g]);
                 high[g] = max<S>(total, high[g]);
-                store(u_ + at, active[g] ? load(a_ + at) * reciprocal<S>(total) : load(u_ + at));
+                store(u_ + at, active[g] ? quotient<S>(load(a_ + at), total) : load(u_ + at));
             }
         }
         for (int g = 0; g < kVectors; ++g) column_errors[g] = V{};
-        product<true>(u_, [&](int64_t j, int g, V sum) {
+        product<true>(u_, nullptr, [&](int64_t j, int g, V sum) {
             const int64_t at = j * kLanes + g * kWidth;
             const V total = active[g] ? sum + load(unused_b_ + at) : splat(S(1)), old = load(v_ + at);
             low[g] = min<S>(total, low[g]);
             high[g] = max<S>(total, high[g]);
             store(before_ + at, active[g] ? old : load(before_ + at));
-            const V next = active[g] ? load(b_ + at) * reciprocal<S>(total) : old;
+            const V next = active[g] ? quotient<S>(load(b_ + at), total) : old;
             store(v_ + at, next);
             column_errors[g] += abs<S>(next * sum - load(b_ + at));
         });
@@ -71,7 +71,9 @@ template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::write_scalar(const V* values, T* out) const {
     S lanes[kLanes];
     for (int g = 0; g < kVectors; ++g) store(lanes + g * kWidth, values[g]);
-    for (int64_t l = 0; out && l < count_; ++l) out[places_[l].index] = static_cast<T>(lanes[l]);
+    if (!out) return;
+    if (!places_.listed()) out += places_.first.index;
+    for (int64_t l = 0; l < count_; ++l) out[places_.listed() ? places_[l].index : l] = static_cast<T>(lanes[l]);
 }
 
 // Potentials of one side, and what it adds to the dual value: sum of mass (f - epsilon log mass). `shift` may be null.
@@ -90,35 +92,46 @@ typename LaneGroup<S, T, kVectors>::V LaneGroup<S, T, kVectors>::write_side(int6
     return dual;
 }
 
+// Of row i: its part of <P, C> and of the marginal error. kFinite: no cost is infinite.
+template <class S, class T, int kVectors>
+template <bool kFinite>
+OTKD_INLINE void LaneGroup<S, T, kVectors>::row_outputs(int64_t i, V* transport, V* error) const {
+    const V zero = {};
+    V mass[kVectors] = {}, moved[kVectors] = {};
+    for (int64_t j = 0; j < m_; ++j) {
+        for (int g = 0; g < kVectors; ++g) {
+            const int64_t at = (i * m_ + j) * kLanes + g * kWidth;
+            const V kv = load(kernel_ + at) * load(v_ + j * kLanes + g * kWidth), moving = kv * load(cost_ + at);
+            mass[g] += kv;
+            moved[g] += kFinite ? moving : (kv > zero ? moving : zero);
+        }
+    }
+    for (int g = 0; g < kVectors; ++g) {
+        const int64_t at = i * kLanes + g * kWidth;
+        const V u = load(u_ + at);
+        transport[g] += u * moved[g];
+        error[g] += abs<S>(u * mass[g] - load(a_ + at));
+    }
+}
+
 // From u_ and v_. sums_ takes the potentials.
 template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::outputs() {
     const V zero = {}, epsilon = splat(static_cast<S>(args_.epsilon));
-    V transport[kVectors], dual[kVectors], error[kVectors], total[kVectors] = {}, column_error[kVectors] = {};
-    product<true>(u_, [&](int64_t j, int g, V sum) {
+    V transport[kVectors] = {}, dual[kVectors], error[kVectors] = {}, total[kVectors] = {};
+    product<true>(u_, nullptr, [&](int64_t j, int g, V sum) {
         const int64_t at = j * kLanes + g * kWidth;
         const V moved = load(v_ + at) * sum;
         total[g] += moved;
-        column_error[g] += abs<S>(moved - load(b_ + at));
+        error[g] += abs<S>(moved - load(b_ + at));
     });
+    for (int64_t i = 0; i < n_; ++i) {
+        finite_ ? row_outputs<true>(i, transport, error) : row_outputs<false>(i, transport, error);
+    }
     for (int g = 0; g < kVectors; ++g) {
         V mass_a = zero, mass_b = zero;
-        transport[g] = zero;
-        error[g] = column_error[g];
+        for (int64_t i = 0; i < n_; ++i) mass_a += load(a_ + i * kLanes + g * kWidth);
         for (int64_t j = 0; j < m_; ++j) mass_b += load(b_ + j * kLanes + g * kWidth);
-        for (int64_t i = 0; i < n_; ++i) {
-            V mass = zero, moved = zero;
-            for (int64_t j = 0; j < m_; ++j) {
-                const int64_t at = (i * m_ + j) * kLanes + g * kWidth;
-                const V kv = load(kernel_ + at) * load(v_ + j * kLanes + g * kWidth);
-                mass += kv;
-                moved += kv > zero ? kv * load(cost_ + at) : zero;
-            }
-            const int64_t at = i * kLanes + g * kWidth;
-            transport[g] += load(u_ + at) * moved;
-            error[g] += abs<S>(load(u_ + at) * mass - load(a_ + at));
-            mass_a += load(a_ + at);
-        }
         error[g] = errors_[g] >= zero ? errors_[g] : error[g];
         dual[g] = write_side(n_, a_, u_, shift_, sums_, g) + write_side(m_, b_, v_, nullptr, sums_ + n_ * kLanes, g) +
                   epsilon * (mass_a * mass_b - total[g]);
@@ -132,10 +145,13 @@ void LaneGroup<S, T, kVectors>::outputs() {
     if (args_.g) {
         put<T>(sums_ + n_ * kLanes, m_, [&](const Place& p) { return args_.g + p.columns; }, [](const Place& p) { return p.m; });
     }
-    for (int64_t l = 0; args_.iterations && l < count_; ++l) args_.iterations[places_[l].index] = ran_[l];
+    for (int64_t l = 0; args_.iterations && l < count_; ++l) {
+        args_.iterations[places_.listed() ? places_[l].index : places_.first.index + l] = ran_[l];
+    }
 }
 
-// The last scalings, those before them for the gradient of the last step, zeros elsewhere.
+// The header; unless the backward runs the loop again, the last scalings, and those before them for the gradient of the last
+// step; zeros elsewhere.
 template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::write_history(Keep keep) const {
     const auto slots = [&](const Place& p) { return reinterpret_cast<S*>(args_.history + p.history + kHistoryHeader); };
@@ -145,6 +161,7 @@ void LaneGroup<S, T, kVectors>::write_history(Keep keep) const {
         history[0] = static_cast<int>(kMethod);
         history[1] = static_cast<double>(ran_[l]);
     }
+    if (keep == Keep::all) return;
     const int64_t slot = keep == Keep::last_step ? 1 : 0;
     const auto rows = [](const Place& p) { return p.n; };
     const auto columns = [](const Place& p) { return p.m; };
@@ -172,7 +189,7 @@ void LaneGroup<S, T, kVectors>::forward(double limit, bool* solved) {
     for (int g = 0; g < kVectors; ++g) {
         V sum = {};
         for (int64_t j = 0; j < m_; ++j) sum += load(v_ + j * kLanes + g * kWidth);
-        good[g] &= (low_[g] >= splat(kLow<S>)) & (high_[g] <= splat(kHigh<S>)) & (sum == sum);
+        good[g] &= (safe_lanes_[g] | ((low_[g] >= splat(kLow<S>)) & (high_[g] <= splat(kHigh<S>)))) & (sum == sum);
     }
     outputs();
     if (args_.history) write_history(args_.keep);

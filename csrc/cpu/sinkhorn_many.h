@@ -14,8 +14,9 @@ namespace {
 constexpr double kLaneFloatRange = 60, kLaneDoubleRange = 600;
 constexpr int64_t kSharedEntries = 512 * 512;       // from this size on threads may share a problem
 constexpr int64_t kThreadsWork = 1000 * 1000;       // entries times iterations below which one thread is quicker
-constexpr int64_t kPairEntries = 64;                // up to this size a group has two vectors of problems
-constexpr int64_t kMostLanes = 2 * OTKD_VECTOR_BYTES / 4;
+constexpr int64_t kManyEntries = 64;                // up to this size a group has kManyVectors vectors of problems, else one
+constexpr int kManyVectors = 4;
+constexpr int64_t kMostLanes = kManyVectors * OTKD_VECTOR_BYTES / 4;
 
 inline bool is_small(int64_t n, int64_t m) { return n <= kSmallSide && m <= kSmallSide; }
 inline bool is_empty(const Place& place) { return place.n == 0 || place.m == 0; }
@@ -57,7 +58,8 @@ class Many {
     bool in_lanes() const {
         return infinite_ && args_.relaxation == 1 && !(backward_ && args_.gradient == Gradient::implicit);
     }
-    static int vectors(int64_t n, int64_t m) { return bucket(n) * m <= kPairEntries ? 2 : 1; }
+    // The latency of one vector of problems hides behind the work of the others, as long as their kernels fit in the cache.
+    static int vectors(int64_t n, int64_t m) { return bucket(n) * m <= kManyEntries ? kManyVectors : 1; }
     // Problems of a group.
     static int64_t lanes(int64_t n, int64_t m) { return vectors(n, m) * width<T>; }
 
@@ -72,28 +74,29 @@ class Many {
         if (!in_lanes()) return most;
         const auto add = [&](auto type, auto count) {
             Arena arena{nullptr};
-            LaneGroup<decltype(type), T, decltype(count)::value>(args_, nullptr, 0, n, m, arena, backward_);
+            LaneGroup<decltype(type), T, decltype(count)::value>(args_, Places{}, 0, n, m, arena, backward_);
             most = std::max(most, arena.used);
         };
         const std::integral_constant<int, 1> one;
-        const std::integral_constant<int, 2> two;
-        vectors(n, m) == 2 ? add(T{}, two) : add(T{}, one);
-        if (sizeof(T) == sizeof(float)) vectors(n, m) == 2 ? add(double{}, two) : add(double{}, one);
+        const std::integral_constant<int, kManyVectors> many;
+        vectors(n, m) > 1 ? add(T{}, many) : add(T{}, one);
+        if (sizeof(T) == sizeof(float)) vectors(n, m) > 1 ? add(double{}, many) : add(double{}, one);
         return most;
     }
 
     // Problems of one task: a group, or fewer than make one.
-    void run(const Place* places, int64_t count, unsigned char* memory) const {
-        if (!is_small(places[0].n, places[0].m) || is_empty(places[0]) || !in_lanes() || count < kFewProblems) {
+    void run(const Places& places, int64_t count, unsigned char* memory) const {
+        const Place first = places[0];
+        if (!is_small(first.n, first.m) || is_empty(first) || !in_lanes() || count < kFewProblems) {
             for (int64_t k = 0; k < count; ++k) alone(places[k], 1, Team{0, 1, nullptr}, memory);
             return;
         }
-        int64_t n = 0, m = 0;
-        for (int64_t k = 0; k < count; ++k) {
+        int64_t n = first.n, m = first.m;
+        for (int64_t k = 1; places.listed() && k < count; ++k) {
             n = std::max(n, places[k].n);
             m = std::max(m, places[k].m);
         }
-        vectors(n, m) == 2 ? run_lanes<2>(places, count, n, m, memory) : run_lanes<1>(places, count, n, m, memory);
+        vectors(n, m) > 1 ? run_lanes<kManyVectors>(places, count, n, m, memory) : run_lanes<1>(places, count, n, m, memory);
     }
 
     void alone(const Place& place, int threads, const Team& team, unsigned char* memory) const {
@@ -106,12 +109,16 @@ class Many {
             return;
         }
         if (!again) return solve_one(one, backward_, threads, team, memory);
-        double* history = reinterpret_cast<double*>(memory);
+        double *history = reinterpret_cast<double*>(memory), *const header = one.history;
         memory += round_up(history_again(one) * static_cast<int64_t>(sizeof(double)), 64);
         if (!backward_) {
-            if (one.history) clear(one.history, place.history_size);
             one.keep = Keep::last;
-            return solve_one(one, false, threads, team, memory);
+            one.history = header ? history : nullptr;
+            solve_one(one, false, threads, team, memory);
+            if (!header) return;
+            clear(header, place.history_size);
+            std::copy(history, history + kHistoryHeader, header);
+            return;
         }
         one.num_iters = static_cast<int64_t>(one.history[1]);
         one.tol = 0;
@@ -125,20 +132,22 @@ class Many {
 
   private:
     static void clear(double* history, int64_t count) { std::fill(history, history + count, 0.0); }
-    // Doubles of a whole history for a backward that runs the loop again.
-    int64_t history_again(const SinkhornArgs<T>& one) const {
-        return backward_ && args_.keep == Keep::all && infinite_ && is_small(one.n, one.m) ? history_stride(one) : 0;
+    // Doubles of history for a small problem of which only the header is kept: the backward runs the loop again.
+    int64_t history_again(SinkhornArgs<T> one) const {
+        if (args_.keep != Keep::all || !infinite_ || !is_small(one.n, one.m)) return 0;
+        if (!backward_) one.keep = Keep::last;
+        return history_stride(one);
     }
 
     template <class S, int kVectors>
-    void group(const Place* places, int64_t count, int64_t n, int64_t m, double limit, unsigned char* memory, bool* solved) const {
+    void group(const Places& places, int64_t count, int64_t n, int64_t m, double limit, unsigned char* memory, bool* solved) const {
         Arena arena{memory};
         LaneGroup<S, T, kVectors> lanes(args_, places, count, n, m, arena, backward_);
         backward_ ? lanes.backward(solved) : lanes.forward(limit, solved);
     }
 
     template <int kVectors>
-    void run_lanes(const Place* places, int64_t count, int64_t n, int64_t m, unsigned char* memory) const {
+    void run_lanes(const Places& places, int64_t count, int64_t n, int64_t m, unsigned char* memory) const {
         bool solved[kMostLanes];
         Place rest[kMostLanes], last[kMostLanes];
         int64_t remaining = 0, alone_count = 0;
@@ -151,7 +160,7 @@ class Many {
             const int64_t some = std::min(most, remaining - k);
             std::fill(solved, solved + some, false);
             if (sizeof(T) == sizeof(float) && 2 * some >= kFewProblems) {
-                group<double, kVectors>(rest + k, some, n, m, kLaneDoubleRange, memory, solved);
+                group<double, kVectors>(Places{rest + k, {}}, some, n, m, kLaneDoubleRange, memory, solved);
             }
             for (int64_t l = 0; l < some; ++l) {
                 if (!solved[l]) last[alone_count++] = rest[k + l];

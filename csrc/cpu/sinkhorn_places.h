@@ -15,6 +15,23 @@ struct Place {
     int64_t index;                   // of the problem
 };
 
+// Where problems lie: a list, or (without one) `first` and those behind it in memory, all of its size.
+struct Places {
+    const Place* list;
+    Place first;
+    bool listed() const { return list != nullptr; }
+    OTKD_INLINE Place operator[](int64_t k) const {
+        if (list) return list[k];
+        Place place = first;
+        place.entries += k * first.n * first.m;
+        place.rows += k * first.n;
+        place.columns += k * first.m;
+        place.history += k * first.history_size;
+        place.index += k;
+        return place;
+    }
+};
+
 // The problem by itself.
 template <class T>
 SinkhornArgs<T> problem_at(const SinkhornArgs<T>& all, const Place& place) {

@@ -37,10 +37,8 @@ void run_uniform(const SinkhornArgs<T>& args, bool backward) {
         int64_t begin, end;
         split(tasks, 1, team.size, team.rank, begin, end);
         for (int64_t task = begin; task < end; ++task) {
-            Place places[kMostLanes];
-            const int64_t count = std::min(group, args.batch - task * group);
-            for (int64_t k = 0; k < count; ++k) places[k] = batch.place(task * group + k);
-            many.run(places, count, args.workspace + team.rank * bytes);
+            const Places places{nullptr, batch.place(task * group)};
+            many.run(places, std::min(group, args.batch - task * group), args.workspace + team.rank * bytes);
         }
     });
 }
@@ -86,10 +84,10 @@ class Packed {
             }
         }
         if (n == 0 || m == 0) return;
-        // groups of one and of two vectors
+        // groups of one and of several vectors
         apart = std::max(apart, many_.bytes_together(bucket(n), m));
         for (int64_t rows = 4; rows <= bucket(n); rows += 4) {
-            apart = std::max(apart, many_.bytes_together(rows, std::min(m, kPairEntries / rows)));
+            apart = std::max(apart, many_.bytes_together(rows, std::min(m, kManyEntries / rows)));
         }
     }
 
@@ -99,7 +97,7 @@ class Packed {
         for (int64_t k = 0; k < shared_; ++k) many_.alone(places_[k], args_.threads, team, memory);
         if (shared_ > 0) team.barrier();
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks_;) {
-            many_.run(places_ + starts_[task], starts_[task + 1] - starts_[task], memory + team.rank * bytes);
+            many_.run(Places{places_ + starts_[task], {}}, starts_[task + 1] - starts_[task], memory + team.rank * bytes);
         }
     }
 

@@ -50,6 +50,7 @@ class Scaling {
     void finish_history(const Problem<T>& p, const Team& team) const;
     double plan_rows(const Team& team);
     void transpose_kernel();
+    void row_products();
     bool iterate_small(const Problem<T>& p);
     void adjoint_small(const Trace& step, int64_t k, const S* w, const S* v_before);
     void load_scalings(const Problem<T>& p, const Team& team);
@@ -91,7 +92,6 @@ class Scaling {
     double *row_sums_, *column_sums_;
     Reduction reduction_;
     int64_t ran_ = 0;
-    double error_ = -1;  // of the plan where `tol` stopped the loop
     // backward: the steps that are differentiated, see sinkhorn_scaling_bwd.h
     int64_t steps_ = 0;
     S *phi_bar_ = nullptr, *gamma_bar_ = nullptr, *slope_ = nullptr, *left_ = nullptr, *right_ = nullptr;
@@ -189,7 +189,7 @@ template <class Rows>
 double Scaling<Rows>::row_error(const Problem<T>& p, int64_t i, int64_t count, const S* sums) const {
     double total = 0;
     for (int64_t k = 0; k < count && i + k < n_; ++k) {
-        double target = a_[i + k];
+        double target = p.mass_a(i + k);
         if (p.args.penalty_a != kInfinity && target > 0) target *= p.penalty_a().kept(phi(i + k) - std::log(target));
         total += std::fabs(static_cast<double>(u_[i + k]) * sums[k] - target);
     }
@@ -201,7 +201,7 @@ template <class Rows>
 double Scaling<Rows>::column_error(const Problem<T>& p, int64_t begin, int64_t end) const {
     double total = 0;
     for (int64_t j = begin; j < end && j < m_; ++j) {
-        double target = b_[j];
+        double target = p.mass_b(j);
         if (p.args.penalty_b != kInfinity && target > 0) target *= p.penalty_b().kept(gamma(j) - std::log(target));
         total += std::fabs(static_cast<double>(v_[j]) * columns_[j] - target);
     }
@@ -247,10 +247,7 @@ bool Scaling<Rows>::iterate(const Problem<T>& p, const Team& team) {
         team.barrier();
         if (watching) {
             error = reduction_.sum(team, kRowError) + reduction_.sum(team, kColumnError + (ran_ + 1) % 2);
-            if (control.stops(error)) {
-                error_ = error;
-                break;
-            }
+            if (control.stops(error)) break;
         }
         next_rows();
         in_range &= in_sweep;
@@ -302,16 +299,19 @@ bool Scaling<Rows>::forward(const Problem<T>& p, const Team& team, double limit)
     if (team.rank == 0) {
         if (args_.iterations) args_.iterations[p.index] = ran_;
         for (int64_t j = 0; j < m_; ++j) column_sums_[j] = static_cast<double>(v_[j]) * columns_[j];
+        const double error = row_error(p, 0, n_, next_u_) + column_error(p, 0, m_);  // as the loop sees it
         write_outputs(
-            p, row_sums_, column_sums_, reduction_.sum(team, kTransport), error_, [&](int64_t i) { return phi(i); },
+            p, row_sums_, column_sums_, reduction_.sum(team, kTransport), error, [&](int64_t i) { return phi(i); },
             [&](int64_t j) { return gamma(j); });
     }
     return true;
 }
 
-// Row sums of the plan; returns <P, C> of the thread's rows.
+// Row sums of the plan, and of K v in next_u_ with the rounding of those that the loop watches; returns <P, C> of the
+// thread's rows.
 template <class Rows>
 double Scaling<Rows>::plan_rows(const Team& team) {
+    if (small_) row_products();
     int64_t begin, end;
     rows_of(team, begin, end);
     double transport_cost = 0;
@@ -320,15 +320,18 @@ double Scaling<Rows>::plan_rows(const Team& team) {
         const S* k = rows_.kernel(i0, count);
         const Cost* row = rows_.cost(i0, count);
         for (int64_t i = i0; i < i0 + count; ++i, k += ld_, row += m_) {
-            Vec<S> mass = {}, moved = {};
-            for (int64_t j = 0; j < ld_; j += width<S>) {
-                const Vec<S> kv = load(k + j) * load(v_ + j);
-                const Vec<S> c = cost_vector(row, j);
-                mass += kv;
-                moved += kv > zero ? kv * c : zero;
+            Vec<S> mass[2] = {}, moved[2] = {};
+            for (int64_t j = 0; j < ld_; j += 2 * width<S>) {
+                for (int c = 0; c < 2; ++c) {
+                    const int64_t at = j + c * width<S>;
+                    const Vec<S> own = load(k + at), v = load(v_ + at);
+                    mass[c] += own * v;
+                    moved[c] += (own > zero ? own * cost_vector(row, at) : zero) * v;
+                }
             }
-            row_sums_[i] = static_cast<double>(u_[i]) * sum<S>(mass);
-            transport_cost += static_cast<double>(u_[i]) * sum<S>(moved);
+            next_u_[i] = small_ ? products_[i] : sum<S>(mass[0] + mass[1]);
+            row_sums_[i] = static_cast<double>(u_[i]) * next_u_[i];
+            transport_cost += static_cast<double>(u_[i]) * sum<S>(moved[0] + moved[1]);
         }
     });
     return transport_cost;

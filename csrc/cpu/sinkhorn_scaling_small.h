@@ -43,6 +43,12 @@ void Scaling<Rows>::transpose_kernel() {
     }
 }
 
+// products_ = K v
+template <class Rows>
+void Scaling<Rows>::row_products() {
+    multiply(kernel_t_, m_, n_vec_, v_, products_);
+}
+
 template <class Rows>
 bool Scaling<Rows>::iterate_small(const Problem<T>& p) {
     transpose_kernel();
@@ -51,14 +57,11 @@ bool Scaling<Rows>::iterate_small(const Problem<T>& p) {
     Control control(args_);
     bool in_range = true;
     for (; ran_ < args_.num_iters; ++ran_) {
-        multiply(kernel_t_, m_, n_vec_, v_, products_);
+        row_products();
         if (control.needs_errors() && ran_ > 0) {
             const double error = row_error(p, 0, n_, products_) + column_error(p, 0, m_);
             if (control.due(ran_)) control.observe(ran_, error);
-            if (control.stops(error)) {
-                error_ = error;
-                break;
-            }
+            if (control.stops(error)) break;
         }
         in_range &= update_rows(0, n_vec_, products_, control.omega());
         next_rows();

@@ -3,7 +3,7 @@
 //   K = exp(-C / eps) once;   U = A / (V K^T),   V = B / (U K),   T times: two matrix products an iteration
 //
 // in float (exponents up to 60) or double (up to 600). Problems that leave that range are named to the caller, which hands
-// them to the dense solver. Problems lie in the lanes of vectors, a block of one or two vectors at a time; threads take a
+// them to the dense solver; with guards double takes all of them. Problems lie in the lanes of vectors, a block of one or two vectors at a time; threads take a
 // block each, and share the blocks that are left over. 4 B n m T operations forward, the same again backward.
 #include "otkd_fast/sinkhorn_shared.h"
 
@@ -36,9 +36,10 @@ class SharedSolver {
         Arena arena{args_.workspace};
         unsigned char* left = arena.take<unsigned char>(blocks_ * lanes_);
         SharedKernel<S, T> kernel(args_, arena, threads_);
+        const double limit = sizeof(S) == 4 ? kFloatRange : kernel.guarded() ? kInfinity : kDoubleRange;
         bool in_range = true;
         parallel(threads_, [&](const Team& team) {
-            if (!kernel.start(team, sizeof(S) == 4 ? kFloatRange : kDoubleRange)) {
+            if (!kernel.start(team, limit)) {
                 if (team.rank == 0) in_range = false;
                 return;
             }

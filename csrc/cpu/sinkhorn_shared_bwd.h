@@ -6,7 +6,9 @@
 // and a, b collect the sums of Phi and Gamma: again one read of K and two products an iteration. With a penalty
 // w = lambda b q Gamma and z = lambda a q Phi, q the inverse sums that are kept then instead of the scalings. What f and g
 // are given from outside is not for a unit of mass: it joins w and z directly.
-// Without one the columns of P are exact after the last update, <P, C> = <P, C - base> + base sum(b): with base = min C
+// Guards change nothing in this: x = 1 / (K v + guard) still has d log x = -x d(K v). Only the dual value then depends on the
+// last columns, by epsilon (1 - y K^T u) = epsilon guard y.
+// Without either the columns of P are exact after the last update, <P, C> = <P, C - base> + base sum(b): with base = min C
 // nothing large cancels in C / epsilon.
 #pragma once
 #include "sinkhorn_shared_outer.h"

@@ -2,6 +2,7 @@
 //   x_i = 1 / (K v)_i,   y_j = 1 / (K^T u)_j
 // so that tiny masses do not widen the range of the exponents: x and y stay within exp(+-range) whatever a and b are. A
 // product of a mass and a scaling that underflows is lost in a sum of at least kSmallest. Masses of 0 have scaling 0.
+// With guards x_i = 1 / ((K v)_i + guard), y likewise: nothing else changes, but the last columns are no longer exact.
 // The plain loop reads K once an iteration. With tol, over-relaxation or penalties the errors decide between the two
 // products of an iteration, and K is read twice.
 #pragma once
@@ -24,11 +25,12 @@ struct SumRange {
     }
 };
 
-// scaling = 1 / sums where there is mass, 0 elsewhere; operand = mass scaling. (rows, L) each; operand may be
+// scaling = 1 / (sums + guard) where there is mass, 0 elsewhere; operand = mass scaling. (rows, L) each; operand may be
 // sums, scaling null.
 template <class S, int kVectors>
-OTKD_INLINE void divide_lanes(const S* sums, const S* mass, S* scaling, S* operand, int64_t rows, SumRange<S>& range) {
-    const Vec<S> zero = {}, one = splat(S(1));
+OTKD_INLINE void divide_lanes(const S* sums, const S* mass, S guard, S* scaling, S* operand, int64_t rows,
+                              SumRange<S>& range) {
+    const Vec<S> zero = {}, one = splat(S(1)), more = splat(guard);
     Vec<S> low[kVectors], high[kVectors];
     for (int c = 0; c < kVectors; ++c) {
         low[c] = range.low[c];
@@ -37,7 +39,7 @@ OTKD_INLINE void divide_lanes(const S* sums, const S* mass, S* scaling, S* opera
     for (int64_t i = 0; i < rows; ++i) {
         for (int c = 0; c < kVectors; ++c) {
             const int64_t k = (i * kVectors + c) * width<S>;
-            const Vec<S> own = load(mass + k), sum = own > zero ? load(sums + k) : one;
+            const Vec<S> own = load(mass + k), sum = own > zero ? load(sums + k) + more : one;
             low[c] = min<S>(sum, low[c]);
             high[c] = max<S>(sum, high[c]);
             const Vec<S> inverse = own > zero ? reciprocal<S>(sum) : zero;
@@ -82,9 +84,9 @@ class SharedForward : SharedSweep<S, T> {
         S *mass = arena.take<S>(padded * lanes_), *scaling = arena.take<S>(size * lanes_);
         return {size, shift, mass, scaling, derived ? arena.take<S>(size * lanes_) : nullptr, {penalty, args_.epsilon}};
     }
-    void divide(const S* sums, const S* mass, S* scaling, S* operand, int64_t rows, SumRange<S>& range) const {
-        if (vectors_ == 1) return divide_lanes<S, 1>(sums, mass, scaling, operand, rows, range);
-        divide_lanes<S, 2>(sums, mass, scaling, operand, rows, range);
+    void divide(const S* sums, const S* mass, S guard, S* scaling, S* operand, int64_t rows, SumRange<S>& range) const {
+        if (vectors_ == 1) return divide_lanes<S, 1>(sums, mass, guard, scaling, operand, rows, range);
+        divide_lanes<S, 2>(sums, mass, guard, scaling, operand, rows, range);
     }
     void start(const Team& team);
     void start_scalings(const Side<S>& side, const T* initial, double* out_of_range);
@@ -166,6 +168,7 @@ template <class S, class T>
 void SharedForward<S, T>::iterate(const Team& team) {
     int64_t begin, end;
     own_atoms(team, false, begin, end);
+    const S row_guard = kernel_.row_guard(), column_guard = kernel_.column_guard();
     SumRange<S> range;
     for (int64_t t = 0; t < args_.num_iters; ++t) {
         const int64_t slot = args_.keep == Keep::all        ? t
@@ -175,19 +178,19 @@ void SharedForward<S, T>::iterate(const Team& team) {
         place_scalings(slot);
         this->sweep(team, v_, [&](int64_t row, int64_t rows, S* panel) {
             const int64_t used = args_.n - row < rows ? args_.n - row : rows, k = row * lanes_;
-            divide(panel, rows_.mass + k, wanted ? rows_.scaling + k : nullptr, panel, used, range);
+            divide(panel, rows_.mass + k, row_guard, wanted ? rows_.scaling + k : nullptr, panel, used, range);
         });
         const int64_t k = begin * lanes_;
         S* scaling = wanted ? columns_.scaling + k : nullptr;
-        divide(this->sums_ + k, columns_.mass + k, scaling, v_ + k, end - begin, range);
-        if (t == 0 && all_out_of_range(team, range)) return;
+        divide(this->sums_ + k, columns_.mass + k, column_guard, scaling, v_ + k, end - begin, range);
+        if (t == 0 && !kernel_.guarded() && all_out_of_range(team, range)) return;
         team.barrier();
         if (wanted && args_.keep != Keep::nothing && !block_.kept(slot)) keep_scalings(team, slot, false);
     }
     all_out_of_range(team, range);
 }
 
-// Row sums of the plan and <P, C - base>.
+// Row sums of the plan and <P, C - base>; the column sums where guards change them.
 template <class S, class T>
 void SharedForward<S, T>::plan_sums(const Team& team) {
     int64_t begin, end;
@@ -201,6 +204,10 @@ void SharedForward<S, T>::plan_sums(const Team& team) {
         this->times(weighted, row, padded(rows), v_, panel);
         add_products(rows_, panel, lanes_, row, row + rows, cost);
     });
+    if (!kernel_.guarded()) return;
+    own_atoms(team, false, begin, end);
+    double unused[kMaxLanes] = {};
+    add_errors(columns_, this->sums_ + begin * lanes_, lanes_, begin, end, cleared(team, column_error), unused);
 }
 
 template <class S, class T>
@@ -259,7 +266,7 @@ void SharedForward<S, T>::solve(const Team& team, unsigned char* left) {
         write(team);
         for (int64_t lane = 0; lane < block_.count; ++lane) {
             const double nan = 0 * (sum(team, row_error, lane) + sum(team, moved, lane));  // of a NaN in the cost
-            left[lane] = sum(team, out_of_range, lane) > 0 || nan != 0;
+            left[lane] = !(sizeof(S) == 8 && kernel_.guarded()) && (sum(team, out_of_range, lane) > 0 || nan != 0);
             if (left[lane]) forget(lane);
         }
     }

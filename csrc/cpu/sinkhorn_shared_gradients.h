@@ -66,11 +66,13 @@ void SharedBackward<S, T>::first_adjoint(const Team& team) {
     own_atoms(team, true, row0, row1);
     for_panels(row0, row1, [&](int64_t row, int64_t rows) { first_rows(team, row, rows, row > row0); });
     if (args_.grad_transport_cost) this->finish_sums(team, row0 >= row1);
+    const S guard = static_cast<S>(args_.epsilon) * kernel_.column_guard();
     for_atoms(begin, end, [&](int64_t k, int64_t lane) {
         Vec<S> gamma = {};
         if (args_.grad_transport_cost) {
             gamma = load(of_transport_ + lane) * load(columns_.scaling + k) * load(this->sums_ + k);
         }
+        gamma += load(of_dual_ + lane) * (guard * load(columns_.scaling + k));
         store(first_gamma_ + k, gamma);
     });
     team.barrier();

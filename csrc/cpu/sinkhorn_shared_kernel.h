@@ -1,6 +1,8 @@
 // The kernel that all problems share, packed for the products of gemm.h: K_ij = exp((shift_i - C_ij) / epsilon) with shift_i
 // the smallest cost of row i; and a panel at a time W = K o (C - base), base the smallest cost of all
-// (0 where a marginal has a penalty).
+// (0 where a marginal has a penalty). Guards of the scalings are in the units of exp(-C / eps): with them shift_i is the
+// smallest cost of all where that is negative, else 0, and base is 0. Then K cannot overflow, and its entries matter no more
+// than in exact arithmetic where they are far below the guards: double serves every range.
 #pragma once
 #include <algorithm>
 
@@ -34,6 +36,12 @@ class SharedKernel {
     void weigh(int64_t row, int64_t rows, S* panel) const;
     const S* shifts() const { return shift_; }
     S base() const { return base_; }
+    bool guarded() const { return args_.guard_a > 0 || args_.guard_b > 0; }
+    // What is added to the sums K v
+    S row_guard() const {
+        return guarded() ? static_cast<S>(args_.guard_a * std::exp(static_cast<double>(shift_[0]) / args_.epsilon)) : S(0);
+    }
+    S column_guard() const { return static_cast<S>(args_.guard_b); }
     // K_ij of `count` columns from j on, row-major; of a cost that is not transposed
     Vec<S> row(int64_t i, int64_t j, int64_t count) const { return exp_(shift_[i] - cost(i, j, count)); }
     // C_ij - base, 0 where it is infinite; likewise
@@ -163,8 +171,13 @@ bool SharedKernel<S, T>::start(const Team& team, double limit, bool packs) {
     reduction_.put(team, 0, -low);
     reduction_.put(team, 1, high);
     team.barrier();
-    const double least = -reduction_.max(team, 0), most = reduction_.max(team, 1);
-    const bool constrained = args_.penalty_a == kInfinity && args_.penalty_b == kInfinity;
+    double least = -reduction_.max(team, 0);
+    const double most = reduction_.max(team, 1);
+    const bool constrained = args_.penalty_a == kInfinity && args_.penalty_b == kInfinity && !guarded();
+    if (guarded()) {
+        least = least < 0 ? least : 0;
+        std::fill(shift_ + begin, shift_ + end, static_cast<S>(least));
+    }
     if (team.rank == 0) base_ = constrained && least < kInf ? static_cast<S>(least) : S(0);
     if (most > least && (most - least) / args_.epsilon > limit) return false;
     team.barrier();

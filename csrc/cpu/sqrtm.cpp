@@ -3,14 +3,16 @@
 //   forward    S = A^(1/2), or A^(-1/2)
 //   backward   S X + X S = G for the gradient G of S; for the inverse root R, X = -R^2 Y R^2 with R Y + Y R = G
 //
-// Two ways, each with its own aux for the backward: 'jacobi', small matrices, one a lane, with eigenvectors (sqrtm_jacobi.h); 'polar',
-// larger ones on panels, products only (sqrtm_polar.h, lyapunov.h), a matrix a thread, those that do not come out even and
-// single ones by all threads together. A is scaled by an even power of two first. What these ways cannot do is marked `unsolved`.
+// Three ways, each with its own aux for the backward: 'jacobi', small matrices, one a lane, with eigenvectors (sqrtm_jacobi.h);
+// 'tridiagonal', batches of middle ones, eigenvectors in double (sqrtm_tridiagonal.h); 'polar', larger ones on panels, products only (sqrtm_polar.h,
+// lyapunov.h), a matrix a thread, those that do not come out even and single ones by all threads together. A is scaled by an even power of two
+// first. What these ways cannot do is marked `unsolved`.
 #include "otkd_fast/sqrtm.h"
 
 #include "lyapunov.h"
 #include "sqrtm_jacobi.h"
 #include "sqrtm_polar.h"
+#include "sqrtm_tridiagonal.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {
@@ -22,6 +24,8 @@ template <class T>
 int64_t bytes_a_thread(const SqrtmArgs<T>& args, bool backward) {
     Arena counter{nullptr};
     if (args.algorithm == SqrtmAlgorithm::jacobi) JacobiRoot<T>(args.d, counter);
+    else if (args.algorithm == SqrtmAlgorithm::tridiagonal && backward) TridiagonalAdjoint<T>(args.d, counter);
+    else if (args.algorithm == SqrtmAlgorithm::tridiagonal) TridiagonalRoot<T>(args.d, counter);
     else if (backward) Lyapunov<T>(args.d, counter);
     else PolarRoot<T>(args.d, counter);
     return counter.used;
@@ -99,21 +103,41 @@ void for_matrices(const SqrtmArgs<T>& args, int64_t bytes, const Team& team, con
     }
 }
 
+// Calls one(work, begin, count) for pieces of the batch, a piece a thread.
+template <class Work, class T, class One>
+void for_pieces(const SqrtmArgs<T>& args, int64_t bytes, int64_t piece, const Team& team, const One& one) {
+    Arena memory{args.workspace + team.rank * bytes};
+    Work own(args.d, memory);
+    for (int64_t begin = team.rank * piece; begin < args.batch; begin += team.size * piece) {
+        one(own, begin, args.batch - begin < piece ? args.batch - begin : piece);
+    }
+}
+
 template <class T>
 void run(const SqrtmArgs<T>& args, bool adjoint) {
     const int64_t bytes = bytes_a_thread(args, adjoint);
     const int64_t work = 16 * args.batch * args.d * args.d * args.d;
     parallel(work < kParallelWork ? 1 : args.threads, [&](const Team& team) {
-        if (args.algorithm == SqrtmAlgorithm::polar) {
-            if (adjoint) for_matrices<Lyapunov<T>>(args, bytes, team, backward<T>);
-            else for_matrices<PolarRoot<T>>(args, bytes, team, forward<T>);
-            return;
-        }
-        Arena memory{args.workspace + team.rank * bytes};
-        JacobiRoot<T> own(args.d, memory);
-        for (int64_t begin = team.rank * width<T>; begin < args.batch; begin += team.size * width<T>) {
-            const int64_t count = args.batch - begin < width<T> ? args.batch - begin : width<T>;
-            adjoint ? own.backward(args, begin, count) : own.forward(args, begin, count);
+        switch (args.algorithm) {
+            case SqrtmAlgorithm::polar:
+                if (adjoint) for_matrices<Lyapunov<T>>(args, bytes, team, backward<T>);
+                else for_matrices<PolarRoot<T>>(args, bytes, team, forward<T>);
+                break;
+            case SqrtmAlgorithm::tridiagonal:
+                if (adjoint) {
+                    for_matrices<TridiagonalAdjoint<T>>(args, bytes, team, [](const auto& a, auto& work, int64_t index, const Team& own) {
+                        work.solve(a, index, own);
+                    });
+                } else {
+                    for_pieces<TridiagonalRoot<T>>(args, bytes, LaneEigen::kMatrices, team, [&](auto& work, int64_t begin, int64_t count) {
+                        work.forward(args, begin, count);
+                    });
+                }
+                break;
+            case SqrtmAlgorithm::jacobi:
+                for_pieces<JacobiRoot<T>>(args, bytes, width<T>, team, [&](auto& work, int64_t begin, int64_t count) {
+                    adjoint ? work.backward(args, begin, count) : work.forward(args, begin, count);
+                });
         }
     });
 }

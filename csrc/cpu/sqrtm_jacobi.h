@@ -70,47 +70,81 @@ OTKD_INLINE Vec<T> row_product(const T* p, const T* q, int64_t n) {
     return even + odd;
 }
 
-// Makes rows p and q orthogonal in the lanes of `active`; true in those whose cosine was above kDone.
-template <class T>
-OTKD_INLINE VecInt<T> rotate(const Lanes<T>& w, T* norms, int64_t n, int64_t p, int64_t q, VecInt<T> active) {
-    T *row_p = w.at(p, 0), *row_q = w.at(q, 0);
+// Disjoint pairs of rows that are rotated together: the angle of one takes longer to compute than its rows to rotate.
+#if defined(__AVX512F__)
+constexpr int kPairs = 4;
+#else
+constexpr int kPairs = 2;
+#endif
+constexpr int64_t kFewRows = 10;  // up to which one at a time is faster: a pair that is orthogonal is then skipped
+struct RowPair {
+    int64_t p, q;  // p < q
+};
+
+// Makes the rows of each pair orthogonal in the lanes of `active`; true in those where one of the cosines was above kDone.
+template <class T, int kCount>
+OTKD_INLINE VecInt<T> rotate(const Lanes<T>& w, T* norms, int64_t n, const RowPair* pairs, VecInt<T> active) {
     const Vec<T> zero = {}, one = splat(T(1));
-    const Vec<T> alpha = load(norms + p * width<T>), beta = load(norms + q * width<T>);
-    const Vec<T> gamma = row_product(row_p, row_q, n), squared = gamma * gamma, limit = alpha * beta;
-    const VecInt<T> turn = active & (squared > kOrthogonal<T> * kOrthogonal<T> * limit);
-    if (!any<T>(turn)) return turn;
-    const Vec<T> gap = beta - alpha, twice = gamma + gamma;
-    const Vec<T> square = gap * gap + twice * twice, hypotenuse = square * reciprocal_sqrt<T>(square);
-    const Vec<T> tangent = turn ? twice * reciprocal<T>(gap < zero ? gap - hypotenuse : gap + hypotenuse) : zero;
-    // by the tangent of half the angle: small angles round little, and sine and cosine are those of one angle to rounding
-    const Vec<T> secant_squared = one + tangent * tangent;
-    const Vec<T> half = tangent * reciprocal<T>(one + secant_squared * reciprocal_sqrt<T>(secant_squared));
-    const Vec<T> sine = (half + half) * reciprocal<T>(one + half * half);
-    for (int64_t j = 0; j < n; ++j) {
-        const Vec<T> x = load(row_p + j * width<T>), y = load(row_q + j * width<T>);
-        store(row_p + j * width<T>, x - sine * (y + half * x));
-        store(row_q + j * width<T>, y + sine * (x - half * y));
+    Vec<T> half[kCount], sine[kCount];
+    VecInt<T> turns = {}, again = {};
+    for (int k = 0; k < kCount; ++k) half[k] = row_product(w.at(pairs[k].p, 0), w.at(pairs[k].q, 0), n);
+    for (int k = 0; k < kCount; ++k) {
+        T *norm_p = norms + pairs[k].p * width<T>, *norm_q = norms + pairs[k].q * width<T>;
+        const Vec<T> alpha = load(norm_p), beta = load(norm_q), gamma = half[k], squared = gamma * gamma, limit = alpha * beta;
+        const VecInt<T> turn = active & (squared > kOrthogonal<T> * kOrthogonal<T> * limit);
+        const Vec<T> gap = beta - alpha, twice = gamma + gamma;
+        const Vec<T> square = gap * gap + twice * twice, hypotenuse = square * reciprocal_sqrt<T>(square);
+        const Vec<T> tangent = turn ? twice * reciprocal<T>(gap < zero ? gap - hypotenuse : gap + hypotenuse) : zero;
+        // by the tangent of half the angle: small angles round little, and sine and cosine are those of one angle to rounding
+        const Vec<T> secant_squared = one + tangent * tangent;
+        half[k] = tangent * reciprocal<T>(one + secant_squared * reciprocal_sqrt<T>(secant_squared));
+        sine[k] = (half[k] + half[k]) * reciprocal<T>(one + half[k] * half[k]);
+        store(norm_p, alpha - tangent * gamma);
+        store(norm_q, beta + tangent * gamma);
+        turns |= turn;
+        again |= turn & (squared > kDone<T> * kDone<T> * limit);
     }
-    store(norms + p * width<T>, alpha - tangent * gamma);
-    store(norms + q * width<T>, beta + tangent * gamma);
-    return turn & (squared > kDone<T> * kDone<T> * limit);
+    if (!any<T>(turns)) return again;
+    for (int k = 0; k < kCount; ++k) {
+        T *row_p = w.at(pairs[k].p, 0), *row_q = w.at(pairs[k].q, 0);
+        for (int64_t j = 0; j < n; ++j) {
+            const Vec<T> x = load(row_p + j * width<T>), y = load(row_q + j * width<T>);
+            store(row_p + j * width<T>, x - sine[k] * (y + half[k] * x));
+            store(row_q + j * width<T>, y + sine[k] * (x - half[k] * y));
+        }
+    }
+    return again;
+}
+
+// One sweep over all pairs, those of a round disjoint, kCount of them at a time.
+template <class T, int kCount>
+VecInt<T> sweep(const Lanes<T>& w, T* norms, int64_t n, VecInt<T> active) {
+    const int64_t last = n - 1 + n % 2;  // the index that stays; with n odd it is no row
+    VecInt<T> again = {};
+    for (int64_t round = 0; round < last; ++round) {
+        RowPair pairs[kCount];
+        int count = 0;
+        for (int64_t i = 0; 2 * i <= last; ++i) {
+            const int64_t up = round + i, down = round - i, p = up < last ? up : up - last, q = down < 0 ? down + last : down;
+            if (i > 0) pairs[count++] = {p < q ? p : q, p < q ? q : p};
+            else if (last < n) pairs[count++] = {p, last};
+            if (count == kCount) {
+                again |= rotate<T, kCount>(w, norms, n, pairs, active);
+                count = 0;
+            }
+        }
+        if (count > 0) with_count<kCount>(count, [&](auto c) { again |= rotate<T, decltype(c)::value>(w, norms, n, pairs, active); });
+    }
+    return again;
 }
 
 // Rotates until the rows of w (n, n) are orthogonal; norms: their squared norms.
 template <class T>
 void orthogonalize(const Lanes<T>& w, T* norms, int64_t n) {
-    const int64_t even = n + n % 2;
     VecInt<T> active = Vec<T>{} == Vec<T>{};
-    for (int sweep = 0; sweep < kMostSweeps && any<T>(active); ++sweep) {
+    for (int sweeps = 0; sweeps < kMostSweeps && any<T>(active); ++sweeps) {
         for (int64_t k = 0; k < n; ++k) store(norms + k * width<T>, row_product(w.at(k, 0), w.at(k, 0), n));
-        VecInt<T> again = {};
-        for (int64_t round = 0; round + 1 < even; ++round) {  // all pairs, those of a round disjoint
-            for (int64_t i = 0; 2 * i < even; ++i) {
-                const int64_t p = (round + i) % (even - 1), q = i ? (round - i + even - 1) % (even - 1) : even - 1;
-                if (p < n && q < n) again |= rotate(w, norms, n, p < q ? p : q, p < q ? q : p, active);
-            }
-        }
-        active &= again;
+        active &= n <= kFewRows ? sweep<T, 1>(w, norms, n, active) : sweep<T, kPairs>(w, norms, n, active);
     }
     for (int64_t k = 0; k < n; ++k) store(norms + k * width<T>, row_product(w.at(k, 0), w.at(k, 0), n));
 }

@@ -33,14 +33,22 @@ def solve(
     initial_g: Tensor | None,
     options: Options,
     gradient: str,
+    guards: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, ...]:
     """transport_cost, regularized_cost, f, g, marginal_error, num_iters of the compiled op of `family` and `backend`.
 
     'dense': cost (..., n, m), a (..., n), b (..., m); 'shared': cost (n, m), a (B, n), b (B, m), one of them not None.
+    guards: those of rows and columns, which only 'cpu' has and only for 'shared'.
     """
     if needs_function(cost, a, b):
-        return _Sinkhorn.apply(*distinct(cost, a, b, initial_f, initial_g), family, backend, *options, gradient)[:6]
-    return _FORWARD[family][backend](cost, a, b, initial_f, initial_g, *options, 0)[:6]
+        tensors = distinct(cost, a, b, initial_f, initial_g)
+        return _Sinkhorn.apply(*tensors, family, backend, *options, gradient, *guards)[:6]
+    return _FORWARD[family][backend](cost, a, b, initial_f, initial_g, *options, 0, *_given(*guards))[:6]
+
+
+def _given(guard_a: float, guard_b: float) -> tuple[float, ...]:
+    """What an op is handed for them: nothing where there are none."""
+    return (guard_a, guard_b) if guard_a or guard_b else ()
 
 
 @keep_signature
@@ -49,10 +57,12 @@ class _Sinkhorn(torch.autograd.Function):
     def forward(
         cost, a, b, initial_f, initial_g,
         family, backend, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, gradient,
+        guard_a, guard_b,
     ):  # fmt: skip
         return _FORWARD[family][backend](
             cost, a, b, initial_f, initial_g,
             epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, KEEP[gradient],
+            *_given(guard_a, guard_b),
         )  # fmt: skip
 
     @staticmethod
@@ -61,21 +71,24 @@ class _Sinkhorn(torch.autograd.Function):
         ctx.mark_non_differentiable(marginal_error, num_iters, history)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:5], history)
-        ctx.family, ctx.backend, epsilon, iterations, _, _, *penalties_and_order, ctx.gradient = inputs[5:]
+        ctx.family, ctx.backend, epsilon, iterations, _, _, *penalties_and_order, ctx.gradient, guard_a, guard_b = (
+            inputs[5:]
+        )
         ctx.options = (epsilon, iterations, *penalties_and_order)
+        ctx.guards = _given(guard_a, guard_b)
 
     @staticmethod
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[:3]
         grads = covered_only(grads[:4], ctx.gradient)
         if all(grad is None for grad in grads):
-            return (None,) * 15
-        arguments = (*ctx.saved_tensors, *grads, *ctx.options, ctx.gradient, *needs)
+            return (None,) * 17
+        arguments = (*ctx.saved_tensors, *grads, *ctx.options, ctx.gradient, *needs, *ctx.guards)
         if transformed():
             results = _SinkhornBackward.apply(ctx.family, ctx.backend, *arguments)
         else:
             results = _BACKWARD[ctx.family][ctx.backend](*arguments)
-        return *(result if need else None for result, need in zip(results, needs, strict=True)), *(None,) * 12
+        return *(result if need else None for result, need in zip(results, needs, strict=True)), *(None,) * 14
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -93,11 +106,13 @@ class _SinkhornBackward(torch.autograd.Function):
         family, backend, cost, a, b, initial_f, initial_g, history,
         grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
         epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
+        *guards,
     ):  # fmt: skip
         return _BACKWARD[family][backend](
             cost, a, b, initial_f, initial_g, history,
             grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
             epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
+            *guards,
         )  # fmt: skip
 
     @staticmethod
@@ -110,7 +125,7 @@ class _SinkhornBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        needs = arguments[-3:]
+        needs = arguments[18:21]
         out_dims = tuple(0 if need else None for need in needs)
         if arguments[0] == "dense":
             tensors = _all_mapped(info, in_dims, arguments, range(2, 12))

@@ -15,6 +15,7 @@ from ._validate import check_tensor
 from ._value_and_gradients import value_and_gradients
 
 _FROM_SAMPLES = operators("gaussian_wasserstein_from_samples")
+_BURES = operators("bures_distance")["cpu"]
 
 
 def gaussian_wasserstein_from_samples(
@@ -110,11 +111,13 @@ def bures_distance(A: Tensor, B: Tensor, *, backend: str | None = None) -> Tenso
     check_square("B", B)
     check_features("B", B, "A", A)
     A, B = in_float32(*common_batch(A=(A, 2), B=(B, 2)))
-    resolve("gaussian_wasserstein", A.device, backend)
-    return value_and_gradients("bures_distance", _bures, A, B)
+    backend = resolve("gaussian_wasserstein", A.device, backend)
+    return value_and_gradients("bures_distance", partial(_bures, backend=backend), A, B)
 
 
-def _bures(A, B, need_a, need_b):
+def _bures(A, B, need_a, need_b, *, backend):
+    if backend == "cpu":
+        return _BURES(A, B, need_a, need_b)
     return reference.bures(A, B, need_a=need_a, need_b=need_b)
 
 

@@ -119,8 +119,8 @@ def sinkhorn(
     initial = check_initial_potentials(initial_potentials, batch, *cost.shape[-2:], cost)
     shared = len(batch) + 2 > cost.dim()
     op = "sinkhorn_shared" if shared else "sinkhorn"
-    backend = resolve(op, cost.device, backend)
-    if backend == "reference" or backend == "cuda" and gradient == "implicit":  # no kernels of the linear solve there
+    backend = resolve(op, cost.device, backend, "gradient='implicit'" if gradient == "implicit" else None)
+    if backend == "reference":
         solve = _reference
     else:
         solve = partial(_shared if shared else _dense, backend)
@@ -135,9 +135,9 @@ def _dense(backend, cost, a, b, f, g, options, gradient):
 
 
 def _shared(backend, cost, a, b, f, g, options, gradient):
-    """The op takes one batch axis, and does not differentiate implicitly: that is done on the expanded cost."""
+    """The op takes one batch axis; Triton's does not differentiate implicitly: that is done on the expanded cost."""
     batch = (b if a is None else a).shape[:-1]
-    if gradient == "implicit":
+    if gradient == "implicit" and backend == "triton":
         return _dense(backend, cost.expand(*batch, *cost.shape), a, b, f, g, options, gradient)
     if len(batch) == 1:
         return compiled.solve("shared", backend, cost, a, b, f, g, options, gradient)

@@ -17,7 +17,8 @@ from ._value_and_gradients import only_first_derivative
 _FORWARD = operators("sqrtm_fwd")
 _BACKWARD = operators("sqrtm_bwd")
 
-ALGORITHMS = ("auto", "eigh", "jacobi", "polar", "newton_schulz")
+ALGORITHMS = ("auto", "eigh", "jacobi", "tridiagonal", "polar", "newton_schulz")
+_COMPILED_ONLY = ("jacobi", "tridiagonal")
 
 
 def sqrtm(
@@ -38,9 +39,10 @@ def sqrtm(
     Args:
         A: (..., d, d), d >= 1, float16, bfloat16, float32 or float64.
         inverse: A^(-1/2) instead of A^(1/2).
-        algorithm: 'auto': by size and backend. 'eigh': eigenvectors by LAPACK. 'jacobi': by Jacobi rotations (compiled
-            backends only). 'polar': polar factor of a Cholesky factor, products of matrices only. 'newton_schulz': the
-            coupled iteration of the literature, for comparison; for well-conditioned matrices.
+        algorithm: 'auto': by size and backend. 'eigh': eigenvectors by LAPACK. 'jacobi': by Jacobi rotations,
+            'tridiagonal': by Householder reflections and QL iterations in float64, many matrices at a time (both in
+            compiled backends only). 'polar': polar factor of a Cholesky factor, products of matrices only.
+            'newton_schulz': the coupled iteration of the literature, for comparison; for well-conditioned matrices.
         check: raise for matrices that are not finite or have an eigenvalue that is negative beyond rounding. It costs
             their eigenvalues, and cannot be asked for under torch.compile and torch.func. Without it, NaN or infinities
             give NaN in that matrix, and negative eigenvalues count as 0.
@@ -51,8 +53,8 @@ def sqrtm(
 
     Raises:
         TypeError: an argument of the wrong type, an integer or complex tensor.
-        ValueError: matrices that are not square, an unknown word, 'jacobi' on the reference backend, or what `check`
-            found.
+        ValueError: matrices that are not square, an unknown word, 'jacobi' or 'tridiagonal' on the reference backend,
+            or what `check` found.
         RuntimeError: the named backend is not available; or a second derivative is asked for.
 
     Sources: Higham, Functions of Matrices (2008), chapters 6 and 8.
@@ -67,8 +69,8 @@ def sqrtm(
     check_choice("algorithm", algorithm, ALGORITHMS)
     check_flag("check", check)
     backend = resolve("sqrtm", A.device, backend)
-    if backend == "reference" and algorithm == "jacobi":
-        raise ValueError("algorithm: 'jacobi' exists in compiled backends only, got backend 'reference'")
+    if backend == "reference" and algorithm in _COMPILED_ONLY:
+        raise ValueError(f"algorithm: '{algorithm}' exists in compiled backends only, got backend 'reference'")
     if check:
         _check_semidefinite(A)
     dtype = A.dtype

@@ -43,8 +43,9 @@ class DistillationMixin:
             the tokens of one device's batch.
         distillation_weight, hard_weight: factors of the two terms.
         shift_labels: True for causal language models: position i predicts label i + 1.
-        divides_by_items: whether the distillation loss is a mean over rows, to be divided by `num_items_in_batch`
-            instead (gradient accumulation).
+        divides_by_items: whether the distillation loss takes `num_items_in_batch` (gradient accumulation). False for
+            losses that refuse it, being no sums over rows: that of each part of a batch is then multiplied by its share
+            of the items, which makes an average of the parts.
         args, kwargs: the Trainer's.
 
     The cross-entropy is divided by `num_items_in_batch` where the Trainer gives it, and with
@@ -85,6 +86,8 @@ class DistillationMixin:
         if num_items_in_batch is not None and self.divides_by_items:
             items["num_items_in_batch"] = num_items_in_batch
         soft = self.distillation_loss(student, teacher, mask=mask, **items)
+        if num_items_in_batch is not None and not self.divides_by_items:
+            soft = soft * (mask.sum() / num_items_in_batch)
         loss = self.hard_weight * hard + self.distillation_weight * soft
         if num_items_in_batch is not None and getattr(self.args, "average_tokens_across_devices", False):
             loss = loss * self.accelerator.num_processes

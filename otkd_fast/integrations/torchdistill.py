@@ -23,6 +23,12 @@ tensors and, where they need them, the labels by themselves, under the same name
                 temperature: 2.0
                 gamma: 30.0
             weight: 1.0
+
+``otkd_fast.WKL.mid`` and ``otkd_fast.WKLFeature.mid`` need the stage of the training, of which torchdistill tells a
+criterion nothing: give them `num_epochs` and `steps_per_epoch` (batches an epoch), and they count their calls.
+
+WCoRD's local part is ``otkd_fast.wcord_local``. The whole of WCoRD has parameters, and torchdistill's optimizers train
+those of models only: put the WCoRD into the student model, or use another of the integrations.
 """
 
 from __future__ import annotations
@@ -34,22 +40,45 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
+from ..functional._validate import positive_int
 
 __all__ = ["MidLevelLoss", "register"]
 
 # called with student and teacher alone
-PAIRS = ("SinKD", "WKDFeature", "KD2M", "SinkhornDivergenceLoss", "UniversalLogitDistillation", "MultiLevelOT")
+PAIRS = (
+    "SinKD", "WKDFeature", "KD2M", "SinkhornDivergenceLoss", "UniversalLogitDistillation", "MultiLevelOT",
+    "wcord_local",
+)  # fmt: skip
 # called with the labels as third argument
-LABELLED = ("WKDLogit",)
+LABELLED = ("WKDLogit", "WKL")
+# called with the progress of the training after these
+STAGED = ("WKL", "WKLFeature")
+
+
+class WCoRDLocal(nn.Module):
+    """:func:`otkd_fast.losses.wcord_local` with its parameters given once."""
+
+    def __init__(self, **parameters: Any) -> None:
+        super().__init__()
+        self.parameters_of_loss = parameters
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of embeddings (n, d) and (m, d)."""
+        return losses.wcord_local(student, teacher, **self.parameters_of_loss)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.parameters_of_loss.items())
 
 
 class MidLevelLoss(nn.Module):
     """``loss(student, teacher)`` of the outputs or inputs of two modules, with the labels where the loss takes them.
 
     Args:
-        loss: name of a class of otkd_fast.losses.
+        loss: name of a class of otkd_fast.losses, or "wcord_local".
         student_module_path, teacher_module_path: path of the module whose tensor is compared.
         student_module_io, teacher_module_io: 'output' or 'input' of it.
+        num_epochs, steps_per_epoch: of WKL and WKLFeature: with them the progress is the number of the epoch, from 1,
+            over `num_epochs`. Calls in training mode are the steps; `first_epoch` is that of the first.
         flatten: True gives the loss (n, d) features of maps (n, d, 1, 1).
         parameters: of the loss. A `cost` that is a path is loaded.
     """
@@ -62,16 +91,27 @@ class MidLevelLoss(nn.Module):
         student_module_io: str = "output",
         teacher_module_io: str = "output",
         flatten: bool = False,
+        num_epochs: int | None = None,
+        steps_per_epoch: int | None = None,
+        first_epoch: int = 1,
         **parameters: Any,
     ) -> None:
         super().__init__()
+        self.staged = loss in STAGED
+        if self.staged:
+            self.num_epochs = positive_int("num_epochs", num_epochs)
+            self.steps_per_epoch = positive_int("steps_per_epoch", steps_per_epoch)
+            self.first_epoch, self.steps = positive_int("first_epoch", first_epoch), 0
+        elif num_epochs is not None or steps_per_epoch is not None:
+            raise ValueError(f"num_epochs, steps_per_epoch: expected for {' and '.join(STAGED)} only, not for {loss}")
         if isinstance(parameters.get("cost"), str):
             parameters["cost"] = torch.load(parameters["cost"], weights_only=True)
-        self.loss = getattr(losses, loss)(**parameters)
+        self.loss = _class_of(loss)(**parameters)
         self.student = student_module_path, student_module_io
         self.teacher = teacher_module_path, teacher_module_io
         self.flatten = flatten
-        self.takes_labels = loss in LABELLED or (loss == "KD2M" and parameters.get("metric") in ("cw2", "cw2_gaussian"))
+        of_labels = "cw2", "cw2_gaussian", "jw2"
+        self.takes_labels = loss in LABELLED or (loss == "KD2M" and parameters.get("metric") in of_labels)
 
     def forward(self, student_io_dict: dict, teacher_io_dict: dict, targets: Tensor, *args, **kwargs) -> Tensor:
         """The loss of the tensors that torchdistill's hooks stored."""
@@ -81,10 +121,18 @@ class MidLevelLoss(nn.Module):
         )
         if self.flatten:
             student, teacher = student.flatten(1), teacher.flatten(1)
-        return self.loss(student, teacher, targets) if self.takes_labels else self.loss(student, teacher)
+        given = [targets] if self.takes_labels else []
+        if self.staged:
+            given.append(min(self.first_epoch + self.steps // self.steps_per_epoch, self.num_epochs) / self.num_epochs)
+            self.steps += self.training
+        return self.loss(student, teacher, *given)
 
     def extra_repr(self) -> str:
         return f"student={'.'.join(self.student)}, teacher={'.'.join(self.teacher)}"
+
+
+def _class_of(loss: str) -> type[nn.Module]:
+    return WCoRDLocal if loss == "wcord_local" else getattr(losses, loss)
 
 
 def _mid_level(name: str):
@@ -105,9 +153,9 @@ def register() -> None:
         from torchdistill.losses.registry import register_low_level_loss, register_mid_level_loss
     except ImportError as error:
         raise ImportError("register: needs torchdistill 1.0 or newer (pip install torchdistill)") from error
-    for name in (*PAIRS, *LABELLED):
+    for name in dict.fromkeys((*PAIRS, *LABELLED, *STAGED)):
         if name in PAIRS:
-            register_low_level_loss(key=f"otkd_fast.{name}")(getattr(losses, name))
+            register_low_level_loss(key=f"otkd_fast.{name}")(_class_of(name))
         register_mid_level_loss(key=f"otkd_fast.{name}.mid")(_mid_level(name))
 
 

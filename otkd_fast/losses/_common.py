@@ -7,6 +7,7 @@ costs nothing (ordinary CPU tensors): elsewhere what is wrong makes its row NaN,
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from typing import NamedTuple
 
@@ -144,6 +145,21 @@ def poison(values: Tensor, wrong: Tensor | None) -> Tensor:
     return values if wrong is None else torch.where(wrong, torch.nan, values)
 
 
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast is off inside, on devices that know it."""
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def nan_rows(*rows: Tensor) -> Tensor | None:
+    """bool (N,): which rows of the tensors (N, d) hold a NaN; None where none does and this is known.
+
+    Operators that take probabilities as masses would take a NaN for an error, or for no mass.
+    """
+    bad = sum(x.detach().sum(-1) for x in rows).isnan()
+    return None if values_readable(bad) and not bad.any() else bad
+
+
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All in their common dtype, float16 and bfloat16 raised to float32."""
     dtype = tensors[0].dtype
@@ -187,6 +203,15 @@ def check_num_items(num_items_in_batch: int | Tensor | None, reduction: str) -> 
     if reduction not in ("mean", "batchmean"):
         raise ValueError(f"num_items_in_batch: expected None for reduction {reduction!r}, which does not divide")
     return number
+
+
+def refuse_num_items(num_items_in_batch: int | Tensor | None, reason: str) -> None:
+    """For losses that are no sums over their rows: the parts of a batch do not add up to it, whatever divides."""
+    if num_items_in_batch is not None:
+        raise ValueError(
+            f"num_items_in_batch: expected None, got {num_items_in_batch}: {reason}, so the values of a batch's parts "
+            "do not add up to that of the batch (multiply each by its share of the rows for an average of the parts)"
+        )
 
 
 def reduce_rows(

@@ -6,6 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NOT_FINITE = (
+    "student_features, teacher_features (or outputs): expected finite numbers for exact transport, whose costs are "
+    "infinite or NaN"
+)
 
 @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo now
 def exact_plan(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +27,7 @@ def exact_plan(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     costs, rows_mass, columns_mass = (t.detach().to("cpu", torch.float64).numpy() for t in (cost, a, b))
     if not np.isfinite(costs).all():
-        raise ValueError("cost: expected finite costs for exact transport, got infinite or NaN ones (check features)")
+        raise ValueError(NOT_FINITE)
     rows, columns, mass = _solve(costs, rows_mass, columns_mass)
     index = [torch.from_numpy(np.ascontiguousarray(k, dtype=np.int64)).to(cost.device) for k in (rows, columns)]
     return index[0], index[1], torch.from_numpy(np.ascontiguousarray(mass)).to(cost.device, cost.dtype)
@@ -47,7 +51,7 @@ def class_assignment(cost: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
         members = np.flatnonzero(classes == label)
         block = costs[np.ix_(members, members)]
         if not np.isfinite(block).all():
-            raise ValueError("cost: expected finite costs for exact transport, got infinite or NaN ones")
+            raise ValueError(NOT_FINITE)
         rows, columns, _ = _solve(block, *(np.full(len(members), 1 / len(members)) for _ in range(2)))
         partner[members[rows]] = members[columns]
     return torch.from_numpy(partner).to(cost.device)

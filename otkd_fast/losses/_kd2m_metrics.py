@@ -11,6 +11,7 @@ from ..functional.cost_matrix import cost_matrix
 from ..functional.gaussian import gaussian_wasserstein_from_samples
 from ..functional.gaussian_kl import gaussian_kl, gaussian_kl_diagonal
 from ..functional.sinkhorn import sinkhorn
+from ._common import one_hot, without_autocast
 from ._exact import class_assignment, exact_plan
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def cw2(batch: Batch, options: _Options) -> Tensor:
     if options.solver == "exact":
         cost = _square_distances(batch, options, constant=True)
         partner = class_assignment(cost, batch.labels, batch.a.ne(0))
-        total = (weight * _paired(batch.student, batch.teacher[partner])).sum()
+        rows = weight * _paired(batch.student, batch.teacher[partner])
     else:
         same, cost = share > 0, _square_distances(batch, options)
         fixed = torch.where(same, cost.detach(), 0)
@@ -56,8 +57,8 @@ def cw2(batch: Batch, options: _Options) -> Tensor:
         plan = _solve(torch.where(same, cost / unit, torch.inf), mass, mass, options).plan()
         if options.gradient == "detach":
             plan = plan.detach()
-        total = classes * (plan * torch.where(same, cost, 0)).sum()
-    return _over_classes(total, classes, options)
+        rows = classes * (plan * torch.where(same, cost, 0)).sum(1)
+    return _over_classes(rows, batch, classes, options)
 
 
 def jw2(batch: Batch, options: _Options) -> Tensor:
@@ -100,23 +101,30 @@ def cw2_gaussian(batch: Batch, options: _Options) -> Tensor:
     mean_s, std_s = _moments_of_classes(batch.student, share)  # (n, d), equal for the rows of a class
     mean_t, std_t = _moments_of_classes(batch.teacher, share)
     each = ((mean_s - mean_t).square() + (std_s - std_t).square()).sum(1)
-    return _over_classes((weight * each).sum(), classes, options)
+    return _over_classes(weight * each, batch, classes, options)
 
 
 def kl_gaussian(batch: Batch, options: _Options) -> Tensor:
-    """Eq. 6."""
+    """Eq. 6. Without a row that counts, 0 as of two standard normals."""
+    none_left = None if batch.mask is None else ~batch.mask.any()
     pairs = (batch.student, batch.a), (batch.teacher, batch.b)
     (x, x_mass), (y, y_mass) = pairs if options.kl_direction == "student_teacher" else pairs[::-1]
     if options.covariance == "full":
         (mean_x, cov_x), (mean_y, cov_y) = _mean_and_covariance(x, x_mass), _mean_and_covariance(y, y_mass)
+        if none_left is not None:
+            eye = torch.eye(x.shape[1], dtype=cov_x.dtype, device=x.device)
+            cov_x, cov_y = torch.where(none_left, eye, cov_x), torch.where(none_left, eye, cov_y)
         return gaussian_kl(mean_x, cov_x, mean_y, cov_y, jitter=options.jitter).to(batch.student.dtype)
     (mean_x, std_x), (mean_y, std_y) = _moments(x.double(), x_mass.double()), _moments(y.double(), y_mass.double())
+    if none_left is not None:
+        std_x, std_y = torch.where(none_left, 1, std_x), torch.where(none_left, 1, std_y)
     if options.variant == "paper":
         return gaussian_kl_diagonal(mean_x, std_x, mean_y, std_y, jitter=options.jitter).to(batch.student.dtype)
     guarded = std_y + RELEASED_STD_GUARD
     terms = (std_x / guarded).square() + ((mean_x - mean_y) / guarded).square() - 1
     terms = terms + 2 * (std_y / (std_x + RELEASED_STD_GUARD)).log()
-    return (terms.sum() / 2).to(batch.student.dtype)
+    value = terms.sum() / 2
+    return (value if none_left is None else torch.where(none_left, 0, value)).to(batch.student.dtype)
 
 
 def mmd(batch: Batch, options: _Options) -> Tensor:
@@ -140,13 +148,24 @@ def mmd(batch: Batch, options: _Options) -> Tensor:
     return similarities[0] + similarities[1] - 2 * similarities[2]
 
 
+def kl_gaussian_named(batch: Batch, options: _Options) -> Tensor:
+    """:func:`kl_gaussian` whose errors name the arguments that the caller knows."""
+    try:
+        return kl_gaussian(batch, options)
+    except ValueError as error:
+        raise ValueError(
+            "student_features, teacher_features: a feature that is constant in the batch, or for full covariances too "
+            f"few rows, needs jitter > 0 ({error})"
+        ) from None
+
+
 METRICS = {
     "w2": w2,
     "cw2": cw2,
     "jw2": jw2,
     "w2_gaussian": w2_gaussian,
     "cw2_gaussian": cw2_gaussian,
-    "kl_gaussian": kl_gaussian,
+    "kl_gaussian": kl_gaussian_named,
     "mmd": mmd,
 }
 
@@ -192,9 +211,16 @@ def _classes(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return same.to(batch.a.dtype) / count[:, None], weight, weight.sum()
 
 
-def _over_classes(total: Tensor, classes: Tensor, options: _Options) -> Tensor:
-    """The sum over the classes of the batch to what the variant makes of it."""
-    if options.variant == "released":
+def _over_classes(rows: Tensor, batch: Batch, classes: Tensor, options: _Options) -> Tensor:
+    """The reduction of the classes' distances; `rows` (n,) has the distance of each class as the sum over its rows."""
+    if options.reduction == "none":
+        members = one_hot(batch.labels, options.num_classes) & batch.a.ne(0)[:, None]  # (n, K)
+        return torch.where(members, rows[:, None], 0).sum(0)
+    return _reduced(rows.sum(), classes, options)
+
+
+def _reduced(total: Tensor, classes: Tensor, options: _Options) -> Tensor:
+    if options.reduction == "sum":
         return total
     return total / (classes if options.num_classes is None else options.num_classes)
 
@@ -216,7 +242,7 @@ def _root(variance: Tensor) -> Tensor:
 
 def _moments_of_classes(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """For each row (n, d) the moments of its class; deviations are squared, so that a large mean is harmless."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         mean = share @ x
         return mean, _root(share @ (x - mean).square())
 
@@ -230,7 +256,7 @@ def _as_full_sample(x: Tensor, mass: Tensor) -> Tensor:
 
 
 def _mean_and_covariance(x: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = x.double()
         mean = _mean(x, mass.double())
         rows = (x - mean) * mass.double().sqrt()[:, None]
@@ -249,7 +275,8 @@ def _cw2_gaussian_full(batch: Batch, options: _Options) -> Tensor:
     mass = members.to(batch.a.dtype) / _positive(sizes)[:, None]
     student, teacher = (torch.stack([_as_full_sample(x, row) for row in mass]) for x in (batch.student, batch.teacher))
     each = gaussian_wasserstein_from_samples(student, teacher, backend=options.backend)  # (K,)
-    return _over_classes(torch.where(sizes > 0, each, 0).sum(), (sizes > 0).sum().clamp(min=1), options)
+    each = torch.where(sizes > 0, each, 0)
+    return each if options.reduction == "none" else _reduced(each.sum(), (sizes > 0).sum().clamp(min=1), options)
 
 
 def _label_cost(batch: Batch, options: _Options) -> Tensor:
@@ -271,7 +298,7 @@ def _label_cost(batch: Batch, options: _Options) -> Tensor:
         metric = {"euclidean": "l2"}.get(options.label_cost, "sqeuclidean")
         return cost_matrix(student, teacher, metric=metric, backend=options.backend)
     log_student = torch.log_softmax(batch.student_outputs, -1)
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student):
         if options.label_cost == "cross_entropy":
             return -log_student @ teacher.mT
         probabilities = log_student.exp()

@@ -30,13 +30,21 @@ class MemoryBank(nn.Module):
         return self.entries.index_select(0, index).view(rows, count, -1)
 
     @torch.no_grad()
-    def update(self, index: Tensor, embeddings: Tensor) -> None:
-        """Moves the entries `index` (n,) towards `embeddings` (n, d); of equal indices one counts."""
-        moved = torch.lerp(embeddings.to(self.entries.dtype), self.entries.index_select(0, index), self.momentum)
-        self.entries.index_copy_(0, index, F.normalize(moved, dim=-1))
+    def update(self, index: Tensor, embeddings: Tensor, mask: Tensor | None = None) -> None:
+        """Moves the entries `index` (n,) towards `embeddings` (n, d); of equal indices one counts.
 
-    def check(self, index: Tensor | None, features: Tensor) -> None:
-        """`index` is (n,) int64 on the device of `features`; its range where values can be read."""
+        Rows that the mask leaves out become copies of the first that counts: no shape depends on the mask.
+        """
+        if mask is not None:
+            first = mask.to(torch.uint8).argmax(0, keepdim=True)  # (1,), 0 if none counts
+            index = torch.where(mask, index, torch.where(mask.any(), index.index_select(0, first), 0))
+            embeddings = torch.where(mask[:, None], embeddings, embeddings.index_select(0, first))
+        before = self.entries.index_select(0, index)
+        moved = F.normalize(torch.lerp(embeddings.to(self.entries.dtype), before, self.momentum), dim=-1)
+        self.entries.index_copy_(0, index, moved if mask is None else torch.where(mask.any(), moved, before))
+
+    def check(self, index: Tensor | None, features: Tensor, mask: Tensor | None = None) -> None:
+        """`index` is (n,) int64 on the device of `features`; its range in the rows that count where it can be read."""
         size = features.shape[0]
         if index is None:
             raise ValueError(f"index: expected the samples' positions ({size},) with a memory bank, got None")
@@ -47,7 +55,10 @@ class MemoryBank(nn.Module):
             raise ValueError(f"index: expected shape ({size},), got {tuple(index.shape)}")
         if index.device != features.device:
             raise ValueError(f"index: expected device {features.device} as student_features, got {index.device}")
-        if values_readable(index) and size:
+        if not values_readable(index, mask):
+            return
+        index = index if mask is None else index[mask]
+        if index.numel():
             low, high = (int(value) for value in torch.aminmax(index))
             if low < 0 or high >= self.entries.shape[0]:
                 raise ValueError(f"index: expected positions in [0, {self.entries.shape[0]}), got {low} to {high}")

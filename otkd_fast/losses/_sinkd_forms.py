@@ -12,7 +12,7 @@ from ..functional.cost_matrix import cost_matrix
 from ..functional.sinkd import sinkd_transport_cost
 from ..functional.sinkhorn import sinkhorn
 from ..functional.softmax_l1 import softmax_l1
-from ._common import divide, reduce_rows, zero
+from ._common import divide, nan_rows, poison, reduce_rows, zero
 
 if TYPE_CHECKING:
     from .sinkd import _Options
@@ -166,9 +166,12 @@ def _sample(student: Tensor, teacher: Tensor, call: Call, options: _Options) -> 
         # 1 x 1 problems: the plan is 1 and the cost is the L1 distance of the two rows.
         values = RELEASED_FACTOR * (s - t).abs().sum(-1)
     else:
+        bad = nan_rows(s, t)
+        if bad is not None:
+            s, t = (torch.where(bad.unsqueeze(-1), 1 / x.shape[-1], x) for x in (s, t))
         cost = cost_matrix(s.unsqueeze(-1), t.unsqueeze(-1), metric="l1", backend=options.backend)  # (b, d, d)
         result = sinkhorn(cost, s, t, epsilon=options.epsilon, num_iters=options.num_iters, backend=options.backend)
-        values = result.transport_cost
+        values = poison(result.transport_cost, bad)
     return _reduced(values, call, options)
 
 
@@ -213,9 +216,10 @@ def _reduced(values: Tensor, call: Call, options: _Options) -> Tensor:
 def _sorted_cost(x: Tensor, y: Tensor, mask: Tensor | None, per_row: int, call: Call, options: _Options) -> Tensor:
     """Exact transport of points x (n,) to y (n,) on the line, mass 1 a point: sorted, they are matched in order."""
     if mask is not None:
-        # Points left out are sorted to the end and dropped by position: the shapes do not depend on the mask.
+        # Points left out are sorted to the end and dropped by position: the shapes do not depend on the mask. A NaN
+        # that counts goes there too, and one of them is then within the positions that count.
         valid = torch.arange(x.shape[0], device=x.device) < mask.sum()
-        x, y = torch.where(mask, x, float("inf")), torch.where(mask, y, float("inf"))
+        x, y = torch.where(mask, x, torch.nan), torch.where(mask, y, torch.nan)
     (x, order), y = x.sort(), y.sort().values
     if mask is not None:
         x, y = torch.where(valid, x, 0.0), torch.where(valid, y, 0.0)

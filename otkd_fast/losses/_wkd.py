@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._values import values_readable
+from ..functional._sinkhorn_guarded import sinkhorn_guarded
 from ..functional._validate import check_choice, check_tensor, positive_float, positive_int
 from ..functional.sinkhorn import sinkhorn
-from ._common import check_backend
+from ._common import check_backend, nan_rows, poison
 
 VARIANTS = ("released", "paper")
 GRADIENTS = ("unroll", "last_step", "implicit")
@@ -34,9 +36,10 @@ def check_transport(temperature, epsilon, num_iters, variant, gradient, backend)
     num_iters = positive_int("num_iters", num_iters)
     check_choice("variant", variant, VARIANTS)
     check_choice("gradient", gradient, GRADIENTS)
-    if variant == "released" and gradient != "unroll":
+    if variant == "released" and gradient == "implicit":
         raise ValueError(
-            f"gradient: expected 'unroll' with variant='released', got {gradient!r} (variant='paper' takes the others)"
+            "gradient: expected 'unroll' or 'last_step' with variant='released', whose loop has guards in its "
+            "denominators and no fixed point of the theorem; got 'implicit' (variant='paper' takes it)"
         )
     return Transport(temperature, epsilon, num_iters, variant, gradient, check_backend(backend))
 
@@ -50,6 +53,15 @@ def check_cost(cost: Tensor, classes: int | None = None, names: str = "") -> Non
         raise ValueError(
             f"cost: expected shape {(classes, classes)} for {names} with {classes} classes, got {tuple(cost.shape)}"
         )
+
+
+def check_cost_values(cost: Tensor, variant: str) -> None:
+    """No NaN, and no infinite cost in the released loop (0 times infinity); where values can be read."""
+    if not values_readable(cost):
+        return
+    if cost.isnan().any() or (variant == "released" and cost.isinf().any()):
+        kind = "finite numbers with variant='released'" if variant == "released" else "numbers"
+        raise ValueError(f"cost: expected {kind}, got NaN or infinite ones")
 
 
 def finished_cost(cost: Tensor, kappa: float) -> Tensor:
@@ -87,26 +99,20 @@ def transport_term(student: Tensor, teacher: Tensor, target: Tensor | None, cost
     """
     rows = probabilities(student, options.temperature, target)
     columns = probabilities(teacher, options.temperature, target)
-    if options.variant == "released":
-        return _guarded(rows, columns, target, cost, options)
-    return sinkhorn(
-        cost, rows, columns, epsilon=options.epsilon, num_iters=options.num_iters, update_first="b",
-        gradient=options.gradient, backend=options.backend,
-    ).transport_cost  # fmt: skip
-
-
-def _guarded(rows: Tensor, columns: Tensor, target: Tensor | None, cost: Tensor, options: Transport) -> Tensor:
-    """The released loop: scalings with a guard in their denominators, started at one over the number of classes.
-
-    Two products (N, C) x (C, C) an iteration for the whole batch, kept by autograd: 2 num_iters N C numbers.
-    """
-    with torch.autocast(rows.device.type, enabled=False):
+    bad = nan_rows(rows, columns)
+    if bad is not None:
+        rows, columns = (torch.where(bad.unsqueeze(-1), 1 / x.shape[-1], x) for x in (rows, columns))
+    loop = {
+        "epsilon": options.epsilon,
+        "num_iters": options.num_iters,
+        "update_first": "b",
+        "gradient": options.gradient,
+        "backend": options.backend,
+    }
+    if options.variant == "released":  # starts at 1 / support: at 1 with other guards
         support = rows.shape[-1] - (target is not None)
-        u = torch.full_like(rows, 1 / support)
-        if target is not None:
-            u = torch.where(target, 0, u)
-        kernel = torch.exp(-cost / options.epsilon)
-        for _ in range(options.num_iters):
-            v = columns / (u @ kernel + GUARD)
-            u = rows / (v @ kernel.mT + GUARD)
-        return ((u @ (kernel * cost)) * v).sum(-1)
+        guard = GUARD / support, GUARD * support
+        value = sinkhorn_guarded(cost, rows, columns, guard=guard, **loop).transport_cost
+    else:
+        value = sinkhorn(cost, rows, columns, **loop).transport_cost
+    return poison(value, bad)

@@ -16,9 +16,11 @@ from ._common import (
     check_backend,
     check_device,
     check_mask,
+    check_num_items,
     check_reduction,
     overwrite,
     reduce_rows,
+    refuse_num_items,
     zero,
 )
 
@@ -39,6 +41,7 @@ def sinkhorn_divergence_loss(
     student_features: Tensor,
     teacher_features: Tensor,
     mask: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
     teacher_mask: Tensor | None = None,
     *,
     metric: str = "sqeuclidean",
@@ -59,6 +62,8 @@ def sinkhorn_divergence_loss(
             bfloat16, float32 or float64.
         teacher_features: (m, d) or (..., m, d) with the same leading axes, same d and device.
         mask: bool (..., n); features that are False do not count, whatever they hold.
+        num_items_in_batch: divisor of "mean" and "batchmean" in place of their own: the number of problems in all parts
+            of a batch. Only where there are leading axes: one divergence of a whole batch (n, d) is no sum over rows.
         teacher_mask: bool (..., m); None: `mask` if n = m, else all count.
         metric: 'l1', 'l2', 'sqeuclidean' or 'cosine'.
         epsilon: > 0, in units of the cost: for features of d numbers of size 1, squared distances are about 2 d.
@@ -72,7 +77,8 @@ def sinkhorn_divergence_loss(
 
     Raises:
         TypeError: a tensor argument of the wrong kind, a parameter of the wrong type.
-        ValueError: a wrong shape or device, an unknown word, a parameter out of range.
+        ValueError: a wrong shape or device, an unknown word, a parameter out of range, a `num_items_in_batch` for a
+            single problem.
 
     Source: Feydy et al., Interpolating between Optimal Transport and MMD using Sinkhorn Divergences (AISTATS 2019).
 
@@ -82,12 +88,13 @@ def sinkhorn_divergence_loss(
     8.000
     """
     options = _options(metric, epsilon, num_iters, tol, gradient, reduction, backend)
-    return _loss(student_features, teacher_features, mask, teacher_mask, options)
+    return _loss(student_features, teacher_features, mask, num_items_in_batch, teacher_mask, options)
 
 
 class SinkhornDivergenceLoss(Loss):
     """Module form of :func:`sinkhorn_divergence_loss`: the parameters are given once,
-    ``forward(student_features, teacher_features, mask=None, teacher_mask=None)`` gives the loss.
+    ``forward(student_features, teacher_features, mask=None, num_items_in_batch=None, teacher_mask=None)`` gives the
+    loss.
 
     Has no state. All parameters are keyword-only, checked here, and documented there.
 
@@ -116,10 +123,11 @@ class SinkhornDivergenceLoss(Loss):
         student_features: Tensor,
         teacher_features: Tensor,
         mask: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         teacher_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss of features (..., n, d) against (..., m, d); see :func:`sinkhorn_divergence_loss`."""
-        return _loss(student_features, teacher_features, mask, teacher_mask, self._options)
+        return _loss(student_features, teacher_features, mask, num_items_in_batch, teacher_mask, self._options)
 
 
 def _options(metric, epsilon, num_iters, tol, gradient, reduction, backend) -> _Options:
@@ -132,16 +140,21 @@ def _options(metric, epsilon, num_iters, tol, gradient, reduction, backend) -> _
     )
 
 
-def _loss(student, teacher, mask, teacher_mask, options: _Options) -> Tensor:
+def _loss(student, teacher, mask, num_items_in_batch, teacher_mask, options: _Options) -> Tensor:
     for name, features in (("student_features", student), ("teacher_features", teacher)):
         check_tensor(name, features, 2, "(..., n, d)")
     check_device("teacher_features", teacher, "student_features", student)
+    if student.shape[-1] == 0:
+        raise ValueError(f"student_features: expected (..., n, d) with d >= 1, got shape {tuple(student.shape)}")
     batch = student.shape[:-2]
-    if teacher.shape[:-2] != batch or teacher.shape[-1] != student.shape[-1] or student.shape[-1] == 0:
+    if teacher.shape[:-2] != batch or teacher.shape[-1] != student.shape[-1]:
         raise ValueError(
             "teacher_features: expected the leading axes and the features of student_features, "
             f"{tuple(student.shape)}, got {tuple(teacher.shape)}"
         )
+    if not batch:
+        refuse_num_items(num_items_in_batch, "one divergence of a whole batch (n, d) is no sum over its rows")
+    num_items_in_batch = check_num_items(num_items_in_batch, options.reduction)
     check_mask(mask, student.shape[:-1], student, "student_features")
     if teacher_mask is None and teacher.shape == student.shape:
         teacher_mask = mask
@@ -158,7 +171,7 @@ def _loss(student, teacher, mask, teacher_mask, options: _Options) -> Tensor:
         tol=options.tol, gradient=options.gradient, backend=options.backend,
     )  # fmt: skip
     counts = counts_a if counts_b is None else counts_b if counts_a is None else counts_a & counts_b
-    return reduce_rows(value, counts, options.reduction)
+    return reduce_rows(value, counts, options.reduction, num_items_in_batch)
 
 
 def _masses(mask: Tensor | None, features: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -22,6 +22,8 @@ COVARIANCES = ("diagonal", "full")
 LABEL_COSTS = ("euclidean", "sqeuclidean", "cross_entropy", "kl")
 KERNELS = ("linear", "rbf")
 DIRECTIONS = ("student_teacher", "teacher_student")
+OF_CLASSES = ("cw2", "cw2_gaussian")
+_NO_SUM = "KD2M is a distance between distributions, no sum over rows"
 
 
 class _Options(NamedTuple):
@@ -39,6 +41,7 @@ class _Options(NamedTuple):
     jitter: float
     kernel: str
     bandwidth: float | None
+    reduction: str
     backend: str | None
 
 
@@ -50,6 +53,7 @@ def kd2m(
     student_outputs: Tensor | None = None,
     teacher_outputs: Tensor | None = None,
     mask: Tensor | None = None,
+    num_items_in_batch: None = None,
     metric: str = "w2",
     variant: str = "paper",
     solver: str = "exact",
@@ -64,6 +68,7 @@ def kd2m(
     jitter: float = 0.0,
     kernel: str = "linear",
     bandwidth: float | None = None,
+    reduction: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Distance between the distributions of student features ``x_i`` and teacher features ``y_j`` of a batch.
@@ -92,9 +97,10 @@ def kd2m(
     says so.
 
     ``variant="released"`` follows the authors' code where it differs: cw2 and cw2_gaussian are summed over the classes,
-    not averaged. jw2: the feature cost is that between students, ``|x_i - x_j|^2`` divided by its largest value and
-    constant; L is taken on raw outputs, or is 0 without outputs, and beta is not used: the features then get no
-    gradient at all. kl_gaussian: 1e-9 is added to the standard deviations that are divided by.
+    not averaged (unless `reduction` says otherwise). jw2: the feature cost is that between students, ``|x_i - x_j|^2``
+    divided by its largest value and constant; L is taken on raw outputs, or is 0 without outputs, and beta is not
+    used: the features then get no gradient at all. kl_gaussian: 1e-9 is added to the standard deviations that are
+    divided by.
 
     Args:
         student_features: (n, d); teacher_features: (m, d), m = n where labels or outputs are used. float16, bfloat16,
@@ -103,6 +109,8 @@ def kd2m(
         student_outputs, teacher_outputs: (n, C) logits, for "jw2". With student_outputs alone the teacher's side is
             the one-hot `labels`.
         mask: bool (n,), rows that count on both sides (m = n); the others may hold anything. No row left: 0.
+        num_items_in_batch: there for the losses' common signature; only None. A distance between the distributions of
+            two batches is no sum over rows: those of parts of a batch do not add up to that of the batch.
         solver: "exact": SciPy or POT on the host (it waits for the device); or "sinkhorn".
         epsilon: > 0, entropic weight in units of the mean cost (of a class for "cw2").
         num_iters: >= 1, iterations of "sinkhorn".
@@ -115,15 +123,21 @@ def kd2m(
             probabilities; "cross_entropy", ``-sum_c q_j log p_i`` with the student's p; "kl", ``KL(p_i || q_j)``.
         jitter: >= 0, added to variances in "kl_gaussian" with variant "paper", where a constant feature (and with
             covariance="full" n <= d) otherwise is an error.
+        kernel: "linear" or "rbf"; bandwidth: > 0 or None, for "mmd".
+        reduction: of the classes for "cw2" and "cw2_gaussian": "mean", "batchmean" (the same: `num_classes` or the
+            number of classes in the batch divides), "sum", or "none": (num_classes,) with 0 for absent classes. All
+            other metrics are one number, whatever it says. None: as published, "mean", with variant "released" "sum".
         backend: one of the package's backends, None chooses.
 
     Returns:
-        Scalar in float32, or float64 if an input is float64. Gradients go to whatever requires them.
+        Scalar, or (num_classes,), in float32, or float64 if an input is float64. Gradients go to whatever requires
+        them.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: shapes or devices that do not match, labels or outputs that are missing, a label out of range, an
-            unknown word, a number out of its range, variances of 0 in "kl_gaussian" (on the CPU).
+            unknown word, a number out of its range, variances of 0 in "kl_gaussian" (on the CPU), a
+            `num_items_in_batch`, reduction "none" of classes without `num_classes`.
         ImportError: solver="exact" without SciPy and POT.
 
     Source: KD2M: An unifying framework for feature knowledge distillation (arXiv 2504.01757), equation numbers; its
@@ -140,8 +154,9 @@ def kd2m(
     """
     options = _options(
         metric, variant, solver, epsilon, num_iters, gradient, covariance, num_classes, beta, label_cost, kl_direction,
-        jitter, kernel, bandwidth, backend,
+        jitter, kernel, bandwidth, reduction, backend,
     )  # fmt: skip
+    _common.refuse_num_items(num_items_in_batch, _NO_SUM)
     return _loss(student_features, teacher_features, labels, student_outputs, teacher_outputs, mask, options)
 
 
@@ -174,12 +189,13 @@ class KD2M(_common.Loss):
         jitter: float = 0.0,
         kernel: str = "linear",
         bandwidth: float | None = None,
+        reduction: str | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self._options = _options(
             metric, variant, solver, epsilon, num_iters, gradient, covariance, num_classes, beta, label_cost,
-            kl_direction, jitter, kernel, bandwidth, backend,
+            kl_direction, jitter, kernel, bandwidth, reduction, backend,
         )  # fmt: skip
 
     def forward(
@@ -191,14 +207,16 @@ class KD2M(_common.Loss):
         student_outputs: Tensor | None = None,
         teacher_outputs: Tensor | None = None,
         mask: Tensor | None = None,
+        num_items_in_batch: None = None,
     ) -> Tensor:
-        """Scalar distance of features (n, d) from features (m, d); see :func:`kd2m`."""
+        """Distance of features (n, d) from features (m, d); see :func:`kd2m`."""
+        _common.refuse_num_items(num_items_in_batch, _NO_SUM)
         return _loss(student_features, teacher_features, labels, student_outputs, teacher_outputs, mask, self._options)
 
 
 def _options(
     metric, variant, solver, epsilon, num_iters, gradient, covariance, num_classes, beta, label_cost, kl_direction,
-    jitter, kernel, bandwidth, backend,
+    jitter, kernel, bandwidth, reduction, backend,
 ) -> _Options:  # fmt: skip
     for name, word, known in (
         ("metric", metric, METRICS), ("variant", variant, VARIANTS), ("solver", solver, SOLVERS),
@@ -213,17 +231,22 @@ def _options(
         raise ValueError(f"label_cost: expected 'sqeuclidean' or 'kl' for variant 'released', got {label_cost!r}")
     if variant == "released" and label_cost == "euclidean":
         label_cost = "sqeuclidean"  # what that code calls Euclidean
+    if reduction is None:
+        reduction = "sum" if variant == "released" and metric in OF_CLASSES else "mean"
+    if _common.check_reduction(reduction) == "none" and metric in OF_CLASSES and num_classes is None:
+        raise ValueError("num_classes: expected the number of classes for reduction 'none', one value each, got None")
     return _Options(
         metric, variant, solver, positive_float("epsilon", epsilon), positive_int("num_iters", num_iters), gradient,
         covariance, None if num_classes is None else positive_int("num_classes", num_classes),
         not_negative_float("beta", beta), label_cost, kl_direction, not_negative_float("jitter", jitter), kernel,
-        None if bandwidth is None else positive_float("bandwidth", bandwidth), _common.check_backend(backend),
+        None if bandwidth is None else positive_float("bandwidth", bandwidth), reduction,
+        _common.check_backend(backend),
     )  # fmt: skip
 
 
 def _loss(student, teacher, labels, student_outputs, teacher_outputs, mask, options: _Options) -> Tensor:
     _check_features(student, teacher)
-    uses_labels = options.metric in ("cw2", "cw2_gaussian") or (
+    uses_labels = options.metric in OF_CLASSES or (
         options.metric == "jw2" and options.variant == "paper" and (student_outputs is None or teacher_outputs is None)
     )
     paired = uses_labels or mask is not None or options.metric == "jw2"
@@ -237,7 +260,9 @@ def _loss(student, teacher, labels, student_outputs, teacher_outputs, mask, opti
     mask, wrong = _check_labels(student, labels, mask, uses_labels, outputs[0], options)
     student, teacher, *kept = _common.at_least_float32(student, teacher, *(x for x in outputs if x is not None))
     if student.shape[0] == 0 or teacher.shape[0] == 0:
-        return _common.zero(student, teacher)
+        nothing = _common.zero(student, teacher)
+        per_class = options.reduction == "none" and options.metric in OF_CLASSES
+        return nothing.expand(options.num_classes) if per_class else nothing
     batch = _batch(student, teacher, labels if uses_labels else None, kept, outputs, mask)
     loss = _METRICS[options.metric](batch, options)
     return loss if wrong is None else torch.where(wrong.any(), torch.nan, loss)

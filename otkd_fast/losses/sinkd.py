@@ -100,7 +100,9 @@ def sinkd(
             CPU only; elsewhere one that is out of range makes the loss NaN. Rows labelled `ignore_index` are left out.
         mask: bool (...); rows that are False are left out on both sides, whatever they hold (None: all rows count).
             With no row left the loss is 0 and so is its gradient.
-        num_items_in_batch: divisor of "mean" and "batchmean" in place of their own (gradient accumulation).
+        num_items_in_batch: divisor of "mean" and "batchmean" in place of their own (gradient accumulation). All forms
+            but "sample" compare the rows of one call with each other: parts of a batch then add up to the mean of what
+            their rows pay within their part, not to the loss of the whole batch.
         labels: integers (...); rows labelled `ignore_index` are left out. Nothing else is done with them.
         temperature: > 0, divides the logits. Not used for regression.
         epsilon: > 0, entropic weight (lambda in the paper), in units of the cost.

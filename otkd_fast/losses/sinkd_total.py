@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from ..functional._validate import not_negative_float, positive_float
-from ._common import at_least_float32, check_labels, check_mask, divide, kept_rows, one_hot, overwrite, poison
+from ._common import (
+    at_least_float32,
+    check_labels,
+    check_mask,
+    check_num_items,
+    kept_rows,
+    one_hot,
+    overwrite,
+    poison,
+    reduce_rows,
+)
 from ._wkl import kl_term
 from .schedules import check_share
 from .sinkd import SinKD
@@ -42,17 +52,17 @@ def sinkd_total(
             shape of `student`.
         mask: bool, one a row; rows that are False do not count.
         num_items_in_batch: divisor of the reductions "mean" and "batchmean" in place of their own.
-        transport: SinKD with its parameters, whose reduction ("sum", "mean" or "batchmean") is that of the whole. None:
+        transport: SinKD with its parameters, whose reduction is that of the whole ("none": one value a row). None:
             ``SinKD()``, and ``SinKD(num_iters=30)`` for Eq. 23, as published.
         alpha: in [0, 1]. None: 0.9 (published: 0.8, 0.9 or 1; CIFAR-100 0.85, 0.9 or 0.95), and 1 for Eq. 23.
         beta: >= 0, weight of the transport term.
         kl_temperature: > 0. Published: 1 to 4, CIFAR-100: 4.
 
     Returns:
-        Scalar in float32, or float64 if an input is float64.
+        Scalar (or a value for each row with the reduction "none") in float32, or float64 if an input is float64.
 
     Raises:
-        TypeError, ValueError: as :func:`otkd_fast.losses.sinkd`; a reduction "none".
+        TypeError, ValueError: as :func:`otkd_fast.losses.sinkd`.
 
     Source: "Sinkhorn Distance Minimization for Knowledge Distillation" (arXiv 2402.17110), and its extension in IEEE
     TNNLS (equation numbers).
@@ -69,10 +79,11 @@ def sinkd_total(
     elif not isinstance(transport, SinKD):
         raise TypeError(f"transport: expected a SinKD or None, got {type(transport).__name__}")
     options = transport._options
-    if options.reduction == "none":
-        raise ValueError("transport: expected reduction 'sum', 'mean' or 'batchmean', got 'none'")
+    num_items_in_batch = check_num_items(num_items_in_batch, options.reduction)
     alpha = check_share("alpha", (1.0 if teacher is None else 0.9) if alpha is None else alpha)
     beta, kl_temperature = not_negative_float("beta", beta), positive_float("kl_temperature", kl_temperature)
+    if isinstance(student, Tensor) and student.is_floating_point():
+        (student,) = at_least_float32(student)  # so that the terms' gradients are not added in half precision
     if options.form == "regression":
         rows = _squares(student, teacher, labels, mask, alpha)
         distance = transport(student, teacher, mask, num_items_in_batch)
@@ -82,10 +93,7 @@ def sinkd_total(
         else:
             distance = transport(student, teacher, mask, num_items_in_batch, labels)
         rows, mask = _entropies(student, teacher, labels, mask, alpha, kl_temperature, options.ignore_index)
-    if mask is not None:
-        rows = torch.where(mask, rows, 0)
-    value = divide(rows.sum(), rows.shape, mask, options.reduction, num_items_in_batch)
-    return value + beta * distance
+    return reduce_rows(rows, mask, options.reduction, num_items_in_batch) + beta * distance
 
 
 def _entropies(student, teacher, labels, mask, alpha, temperature, ignore_index) -> tuple[Tensor, Tensor | None]:

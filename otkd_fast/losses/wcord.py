@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._values import values_readable
 from ..functional._validate import check_choice, check_tensor, not_negative_float, positive_float, positive_int
 from ..functional.cost_matrix import cost_matrix
-from ..functional.sinkhorn import sinkhorn
+from ..functional.sinkhorn import SinkhornResult, sinkhorn
 from . import _common
 from ._memory_bank import MemoryBank, SpectralLinear
 from .ipot import ipot
@@ -33,16 +34,21 @@ class _LocalOptions(NamedTuple):
     backend: str | None
 
 
+_NO_SUM = "its {} compares the rows of the batch with each other"
+
+
 def wcord_local(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
+    num_items_in_batch: None = None,
     *,
     solver: str = "sinkhorn",
     epsilon: float = 0.1,
     beta: float = 0.5,
     num_iters: int = 50,
     gradient: str = "detach",
+    reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
     r"""Primal form: ``<P, C>`` between the batch's student and teacher embeddings, ``C_ij = 1 - cos(x_i, y_j)``.
@@ -58,15 +64,18 @@ def wcord_local(
     Args:
         student: (n, d), teacher: (m, d), m = n if there is a mask; any floating dtype.
         mask: bool (n,), rows that count on both sides.
+        num_items_in_batch: there for the losses' common signature; only None: the plan is one of the whole batch.
         solver: "sinkhorn" or "ipot".
         epsilon: > 0, for "sinkhorn".
         beta: > 0, for "ipot".
         num_iters: >= 1, of either.
         gradient: of "sinkhorn": "detach", "unroll", "last_step" or "implicit". "ipot" has "detach" and "unroll".
+        reduction: "mean": ``<P, C>``, the mean over the student's rows that count of what each of them pays, ``n sum_j
+            P_ij C_ij``; "none": that (n,), "sum", "batchmean": the sum divided by n, whatever the mask.
         backend: one of the package's backends, None chooses.
 
     Returns:
-        Scalar, at least float32; 0 where there are no rows.
+        Scalar (or (n,) for "none"), at least float32; 0 where there are no rows.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, device, word or number.
@@ -76,10 +85,21 @@ def wcord_local(
     >>> print(f"{wcord_local(embeddings, embeddings[[2, 0, 1]], solver='ipot'):.4f}")
     0.0000
     """
-    return _local(student, teacher, mask, _local_options(solver, epsilon, beta, num_iters, gradient, backend))
+    options = _local_options(solver, epsilon, beta, num_iters, gradient, backend)
+    _common.check_reduction(reduction)
+    _common.refuse_num_items(num_items_in_batch, _NO_SUM.format("plan"))
+    return _local(student, teacher, mask, reduction, options)
 
 
-def wcord_global(positive: Tensor, negative: Tensor, *, negative_weight: float = 1.0) -> Tensor:
+def wcord_global(
+    positive: Tensor,
+    negative: Tensor,
+    mask: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    *,
+    negative_weight: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
     r"""Dual form: ``-mean f(congruent pairs) + negative_weight mean f(incongruent pairs)`` for a critic's scores f.
 
     With weight 1 and a critic f that is 1-Lipschitz, minus this is a lower bound of the Wasserstein distance between
@@ -88,14 +108,45 @@ def wcord_global(positive: Tensor, negative: Tensor, *, negative_weight: float =
     their number; with a weight other than 1 a constant added to f changes the value, which then has no lower end.
 
     Args:
-        positive, negative: scores of any shapes, at least one each.
+        positive: scores (...) of congruent pairs, at least float32 in what follows.
+        negative: (..., K), K >= 1: scores of incongruent pairs, as many for each congruent one. For "mean" without mask
+            and `num_items_in_batch` of any shape, at least one each.
+        mask: bool (...), congruent pairs that count, each with its incongruent ones.
+        num_items_in_batch: divisor of "mean" and "batchmean" in place of their own (gradient accumulation).
         negative_weight: >= 0.
+        reduction: "mean"; "none" (...): ``negative_weight mean_k negative_k - positive``; "sum", "batchmean".
+
+    Returns:
+        Scalar (or (...) for "none"), at least float32.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, word or number.
 
     >>> import torch
     >>> wcord_global(torch.tensor([2.0]), torch.tensor([0.5, 0.0]))
     tensor(-1.7500)
     """
-    return not_negative_float("negative_weight", negative_weight) * negative.mean() - positive.mean()
+    negative_weight = not_negative_float("negative_weight", negative_weight)
+    _common.check_reduction(reduction)
+    num_items_in_batch = _common.check_num_items(num_items_in_batch, reduction)
+    check_tensor("positive", positive, 0, "(...)")
+    check_tensor("negative", negative, 0, "(..., K)")
+    _common.check_device("negative", negative, "positive", positive)
+    _common.check_mask(mask, positive.shape, positive, "positive")
+    as_rows = negative.dim() > 0 and negative.shape[:-1] == positive.shape and negative.shape[-1] > 0
+    if not as_rows:
+        if reduction != "mean" or mask is not None or num_items_in_batch is not None:
+            raise ValueError(
+                f"negative: expected shape (*{tuple(positive.shape)}, K) with K >= 1, scores for each of positive, "
+                f"got {tuple(negative.shape)}"
+            )
+        for name, scores in (("positive", positive), ("negative", negative)):
+            if scores.numel() == 0:
+                raise ValueError(f"{name}: expected at least one score, got shape {tuple(scores.shape)}")
+    positive, negative = _common.at_least_float32(positive, negative)
+    if not as_rows:
+        return negative_weight * negative.mean() - positive.mean()
+    return _common.reduce_rows(negative_weight * negative.mean(-1) - positive, mask, reduction, num_items_in_batch)
 
 
 class WCoRD(nn.Module):
@@ -129,10 +180,13 @@ class WCoRD(nn.Module):
             which gives scores (...).
         global_weight, local_weight, negative_weight: >= 0. A part whose weight is 0 is not computed.
         solver, epsilon, beta, num_iters, gradient, backend: of the local part.
+        reduction: "mean"; "none" (n,): what each row adds to the loss, its part of the dual form and what it pays in
+            the primal form; "sum", "batchmean".
 
     Raises:
         TypeError, ValueError: a wrong type, word or number; in the call also shapes and devices that do not match, an
-            `index` that is missing or (on the CPU) out of range, a batch of one row without a memory bank.
+            `index` that is missing or (on the CPU) out of range, a batch of one row without a memory bank, a
+            `num_items_in_batch` with a local part or without memory bank, where the loss is no sum over rows.
 
     Source: Wasserstein Contrastive Representation Distillation (arXiv 2012.08674); CRD (arXiv 1910.10699).
 
@@ -162,9 +216,11 @@ class WCoRD(nn.Module):
         beta: float = 0.5,
         num_iters: int = 50,
         gradient: str = "detach",
+        reduction: str = "mean",
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.reduction = _common.check_reduction(reduction)
         embedding_dim = positive_int("embedding_dim", embedding_dim)
         self.num_negatives = positive_int("num_negatives", num_negatives)
         self.global_weight = not_negative_float("global_weight", global_weight)
@@ -181,41 +237,59 @@ class WCoRD(nn.Module):
             self.bank_student = MemoryBank(num_samples, embedding_dim, momentum)
             self.bank_teacher = MemoryBank(num_samples, embedding_dim, momentum)
 
-    def forward(self, student_features: Tensor, teacher_features: Tensor, index: Tensor | None = None) -> Tensor:
-        """Scalar loss of features (n, student_dim) and (n, teacher_dim).
+    def forward(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of features (n, student_dim) and (n, teacher_dim).
 
         Args:
             index: (n,) int64, the samples' positions in the training set, with `num_samples`.
+            mask: bool (n,), samples that count, on both sides; the others may hold anything and enter no bank.
+            num_items_in_batch: divisor of "mean" and "batchmean" in place of their own; only with memory banks and
+                ``local_weight=0``, where the loss is a sum over rows.
         """
-        self._check(student_features, teacher_features, index)
-        with torch.autocast(student_features.device.type, enabled=False):
-            x = _embedded(self.embed_student, student_features)
-            y = _embedded(self.embed_teacher, teacher_features.detach())
-            loss = _common.zero(x)
+        num_items_in_batch = self._check(student_features, teacher_features, index, mask, num_items_in_batch)
+        with _common.without_autocast(student_features):
+            student, teacher = _common.overwrite(mask, student_features, teacher_features.detach())
+            x, y = _embedded(self.embed_student, student), _embedded(self.embed_teacher, teacher)
             if x.shape[0] == 0:
-                return loss
+                return _common.zero(x).expand(0) if self.reduction == "none" else _common.zero(x)
+            loss = _common.zero(x)
             if self.global_weight:
-                loss = loss + self.global_weight * self._global(x, y, index)
+                loss = loss + self.global_weight * self._global(x, y, index, mask, num_items_in_batch)
             if self.local_weight:
-                loss = loss + self.local_weight * _local(x, y, None, self._local_options)
-        return loss
+                loss = loss + self.local_weight * _local(x, y, mask, self.reduction, self._local_options)
+            return loss.expand(x.shape[:1]) if self.reduction == "none" else loss
 
-    def _global(self, x: Tensor, y: Tensor, index: Tensor | None) -> Tensor:
+    def _global(self, x, y, index, mask, num_items_in_batch) -> Tensor:
         positive = self.critic(x, y)  # (n,)
         if self.bank_student is None:
             scores = self.critic(x.unsqueeze(1), y)  # (n, n)
             others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-            mean = torch.where(others, scores, 0).sum() / (len(x) * (len(x) - 1))
-            return self.negative_weight * mean - positive.mean()
-        teachers = self.bank_teacher.draw(len(x), self.num_negatives)  # (n, K, d)
-        students = self.bank_student.draw(len(x), self.num_negatives)
-        negative = torch.stack([self.critic(x.unsqueeze(1), teachers), self.critic(students, y.unsqueeze(1))])
-        if self.training:
-            self.bank_student.update(index, x)
-            self.bank_teacher.update(index, y)
-        return wcord_global(positive, negative, negative_weight=self.negative_weight)
+            if mask is not None:
+                others = others & mask
+            # the only row that counts has no negatives: NaN, where that could not be raised
+            each = torch.where(others, scores, 0).sum(1) / others.sum(1)
+            negative = (each if mask is None else torch.where(mask, each, 0)).unsqueeze(1)
+        else:
+            teachers = self.bank_teacher.draw(len(x), self.num_negatives)  # (n, K, d)
+            students = self.bank_student.draw(len(x), self.num_negatives)
+            negative = [self.critic(x.unsqueeze(1), teachers), self.critic(students, y.unsqueeze(1))]
+            negative = torch.cat(negative, 1)  # (n, 2 K)
+            if self.training:
+                self.bank_student.update(index, x, mask)
+                self.bank_teacher.update(index, y, mask)
+        return wcord_global(
+            positive, negative, mask, num_items_in_batch, negative_weight=self.negative_weight,
+            reduction=self.reduction,
+        )  # fmt: skip
 
-    def _check(self, student: Tensor, teacher: Tensor, index: Tensor | None) -> None:
+    def _check(self, student, teacher, index, mask, num_items_in_batch) -> int | Tensor | None:
         pairs = ("student_features", student, self.embed_student), ("teacher_features", teacher, self.embed_teacher)
         for name, value, layer in pairs:
             check_tensor(name, value, 2, "(n, d)")
@@ -224,15 +298,22 @@ class WCoRD(nn.Module):
         if student.shape[0] != teacher.shape[0]:
             raise ValueError(f"teacher_features: expected {student.shape[0]} rows, got shape {tuple(teacher.shape)}")
         _common.check_device("teacher_features", teacher, "student_features", student)
-        if not self.global_weight:
-            return
-        if self.bank_student is not None:
-            self.bank_student.check(index, student)
-        elif student.shape[0] == 1:
-            raise ValueError("student_features: expected at least two rows for the negatives of the batch, got one")
+        _common.check_mask(mask, student.shape[:1], student, "student_features")
+        if self.local_weight or (self.global_weight and self.bank_student is None):
+            part = "local part" if self.local_weight else "global part without memory banks"
+            _common.refuse_num_items(num_items_in_batch, _NO_SUM.format(part))
+        if self.global_weight and self.bank_student is not None:
+            self.bank_student.check(index, student, mask)
+        elif self.global_weight:
+            rows = student.shape[0]
+            if mask is not None and values_readable(mask):
+                rows = int(mask.sum())
+            if rows == 1:
+                raise ValueError("student_features: expected at least two rows for the negatives of the batch, got one")
+        return _common.check_num_items(num_items_in_batch, self.reduction)
 
     def extra_repr(self) -> str:
-        weights = "global_weight", "local_weight", "negative_weight", "num_negatives"
+        weights = "global_weight", "local_weight", "negative_weight", "num_negatives", "reduction"
         local = (f"{name}={value!r}" for name, value in self._local_options._asdict().items())
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in weights), *local])
 
@@ -267,7 +348,7 @@ def _local_options(solver, epsilon, beta, num_iters, gradient, backend) -> _Loca
     )  # fmt: skip
 
 
-def _local(student: Tensor, teacher: Tensor, mask: Tensor | None, options: _LocalOptions) -> Tensor:
+def _local(student, teacher, mask: Tensor | None, reduction: str, options: _LocalOptions) -> Tensor:
     for name, value in (("student", student), ("teacher", teacher)):
         check_tensor(name, value, 2, "(n, d)")
         if value.dim() != 2 or value.shape[1] == 0:
@@ -280,20 +361,37 @@ def _local(student: Tensor, teacher: Tensor, mask: Tensor | None, options: _Loca
         raise ValueError(f"teacher: expected {student.shape[0]} rows with a mask, got shape {tuple(teacher.shape)}")
     student, teacher = _common.at_least_float32(student, teacher)
     if student.shape[0] == 0 or teacher.shape[0] == 0:
-        return _common.zero(student, teacher)
+        nothing = _common.zero(student, teacher)
+        return nothing.expand(student.shape[:1]) if reduction == "none" else nothing
     a = None
     if mask is not None:
         student, teacher = _common.overwrite(mask, student, teacher)
         counted = mask | ~mask.any()
         a = counted.to(student.dtype) / counted.sum()
     cost = cost_matrix(student, teacher, metric="cosine", backend=options.backend)  # (n, m)
+    rows = student.shape[0] if mask is None else mask.sum()
+    if reduction == "none":
+        return rows * (_plan(cost, a, options) * cost).sum(1)
     if options.solver == "sinkhorn":
-        value = sinkhorn(
-            cost, a, a, epsilon=options.epsilon, num_iters=options.num_iters, gradient=options.gradient,
-            backend=options.backend,
-        ).transport_cost  # fmt: skip
+        value = _sinkhorn(cost, a, options).transport_cost
     else:
-        constant = cost.detach() if options.gradient == "detach" else cost
-        value = (ipot(constant, a, a, beta=options.beta, num_iters=options.num_iters) * cost).sum()
-    # zero rows have cosine cost 1, not 0
-    return value if mask is None else torch.where(mask.any(), value, 0)
+        value = (_plan(cost, a, options) * cost).sum()
+    if mask is not None:
+        value = torch.where(mask.any(), value, 0)  # zero rows have cosine cost 1, not 0
+    return value if reduction == "mean" else _common.divide(value * rows, student.shape[:1], mask, reduction)
+
+
+def _sinkhorn(cost: Tensor, a: Tensor | None, options: _LocalOptions) -> SinkhornResult:
+    return sinkhorn(
+        cost, a, a, epsilon=options.epsilon, num_iters=options.num_iters, gradient=options.gradient,
+        backend=options.backend,
+    )  # fmt: skip
+
+
+def _plan(cost: Tensor, a: Tensor | None, options: _LocalOptions) -> Tensor:
+    """(n, m), a constant for gradient="detach"."""
+    if options.gradient == "detach":
+        cost = cost.detach()
+    if options.solver == "ipot":
+        return ipot(cost, a, a, beta=options.beta, num_iters=options.num_iters)
+    return _sinkhorn(cost, a, options).plan()

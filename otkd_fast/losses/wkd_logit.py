@@ -80,8 +80,8 @@ def wkd_logit(
     the published total adds with weight 1.
 
     ``variant="released"`` (the default) has the constants of the authors' code, 1e-8 in the denominators of both
-    scalings, and with it the published numbers; ``variant="paper"`` has none and is otkd_fast.sinkhorn, fused and
-    accurate for every epsilon. On costs like the published ones the loss differs by 1e-5 (CIFAR-100) to 1e-3
+    scalings, and with it the published numbers; ``variant="paper"`` has none and is otkd_fast.sinkhorn, accurate for
+    every epsilon. On costs like the published ones the loss differs by 1e-5 (CIFAR-100) to 1e-3
     (ResNet-50 on ImageNet), its gradient by 4e-5 to 2e-2, relative (docs/losses.md).
 
     Args:
@@ -100,11 +100,12 @@ def wkd_logit(
         num_iters: >= 1.
         kappa: 0: `cost` is c. > 0: `cost` holds distances d, as the released files do, and ``c = 1 - exp(-kappa d)``.
         variant: "released" or "paper".
-        gradient: "unroll" as published; with variant="paper" also "last_step" or "implicit".
+        gradient: "unroll" as published, or "last_step"; with variant="paper" also "implicit".
         reduction: "mean" as published; "none" (...), "sum", or "batchmean": the sum divided by the size of the first
             axis.
         ignore_index: see `labels`.
-        backend: one of the package's backends for variant="paper", None chooses; the released loop is PyTorch's.
+        backend: one of the package's backends, None chooses; only the CPU's kernels have the released guards, with the
+            other backends that loop is PyTorch's.
 
     Returns:
         Scalar (or (...) for "none") in float32, or float64 if an input is float64. No row that counts: 0, gradient 0.
@@ -171,6 +172,7 @@ class WKDLogit(Loss):
             temperature, gamma, epsilon, num_iters, kappa, variant, gradient, reduction, ignore_index, backend
         )
         _wkd.check_cost(cost)
+        _wkd.check_cost_values(cost, self._options.variant)
         self.register_buffer("cost", _wkd.finished_cost(cost.detach(), self._options.kappa))
 
     def forward(

@@ -180,6 +180,7 @@ class WKL(Loss):
             num_iters, kappa, variant, gradient, reduction, ignore_index, backend,
         ))  # fmt: skip
         _wkd.check_cost(cost)
+        _wkd.check_cost_values(cost, self._options.variant)
         self.register_buffer("cost", _wkd.finished_cost(cost.detach(), self._options.kappa))
 
     def forward(

@@ -1,5 +1,9 @@
-"""``gaussian_wasserstein_from_samples``: W2^2 between the Gaussians fitted to two samples, with its gradients, in one
-op (``csrc/cpu/gaussian.cpp``, ``csrc/cuda/gaussian.cu``).
+"""Distances between Gaussians with their gradients, each in one op.
+
+``gaussian_wasserstein_from_samples``: W2^2 between the Gaussians fitted to two samples (``csrc/cpu/gaussian.cpp``,
+``csrc/cuda/gaussian.cu``).
+``bures_distance``: between covariances, from one Cholesky factor and one batch of eigenvalue problems
+(``csrc/cpu/lane_eigen.h``).
 
 The gradients come with the value, for an incoming gradient of 1; one that is not needed is an empty tensor (0,).
 """
@@ -10,10 +14,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import _library
+from ..reference.psd_factor import symmetric
+from . import _library, sqrtm
 from ._library import native
 
-_ROWS_IN_A_BLOCK = 160  # larger samples with more rows than features: the d x d problem of their QR factors
+# batches of matrices up to this size are solved side by side, others one by one by LAPACK
+_SIDE_BY_SIDE, _FEWEST = 128, 4
+# What is computed here: matrices whose Cholesky pivots, relative to their variances, are above the rounding of float32,
+# and products whose singular values are above this fraction of the largest; the reference does the others.
+_PIVOT, _SMALLEST_ROOT = 3e-8, 3e-6
+# without the inverse root, products of any rank will do for factors with pivots above this
+_GOOD_PIVOT = 1e-3
+_ROWS_IN_A_BLOCK = 160  # CUDA: larger samples with more rows than features: the d x d problem of their QR factors
 
 
 def _fake(x: Tensor, y: Tensor, unbiased: bool, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,4 +77,87 @@ _library.register(
     _cpu,
     cuda=_cuda,
     triton="gaussian_wasserstein:from_samples",
+)
+
+
+def _bures_fake(A: Tensor, B: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        A.new_empty(A.shape[:-2]),
+        A.new_empty(A.shape if need_a else (0,)),
+        B.new_empty(B.shape if need_b else (0,)),
+    )
+
+
+def _bures_cpu(A: Tensor, B: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape, d = A.shape, A.shape[-1]
+    outputs = _bures_fake(A, B, need_a, need_b)
+    if A.numel() == 0:
+        return outputs
+    A, B = A.reshape(-1, d, d), B.reshape(-1, d, d)
+    if A.dtype == torch.float64:  # squares of its singular values would cost half of its digits
+        value, grad_a, grad_b = reference.bures(A, B, need_a=need_a, need_b=need_b)
+    else:
+        value, grad_a, grad_b, right = _from_one_factor(A, B, need_a, need_b)
+        if not right.all():
+            rest = right.logical_not().nonzero().squeeze(-1)
+            answers = reference.bures(A[rest], B[rest], need_a=need_a, need_b=need_b)
+            for own, answer in zip((value, grad_a, grad_b), answers, strict=True):
+                if own is not None:
+                    own[rest] = answer
+    grads = ((grad_a, need_a), (grad_b, need_b))
+    return value.view(shape[:-2]), *(grad.view(shape) if need else value.new_empty(0) for grad, need in grads)
+
+
+def _from_one_factor(
+    A: Tensor, B: Tensor, need_a: bool, need_b: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Value, gradients, and which matrices of the batch are right, from B = L L^T and M = L^T A L.
+
+    The trace of (A^(1/2) B A^(1/2))^(1/2) is that of M^(1/2); the transport maps are L M^(-1/2) L^T from A to B and
+    L^-T M^(1/2) L^-1 from B to A. In float64: M has the squares of the singular values that matter.
+    """
+    if need_a and not need_b:  # the map that needs no inverse root
+        value, grad_b, grad_a, right = _from_one_factor(B, A, need_b, need_a)
+        return value, grad_a, grad_b, right
+    wide_a, wide_b = symmetric(A), symmetric(B)  # (P, d, d)
+    L, info = torch.linalg.cholesky_ex(wide_b)
+    M = L.mT @ wide_a @ L
+    root, vectors, roots = _root(M)  # (P, d, d), eigenvectors in rows, (P, d)
+    variances = wide_b.diagonal(dim1=-2, dim2=-1)
+    value = wide_a.diagonal(dim1=-2, dim2=-1).sum(-1) + variances.sum(-1) - 2 * roots.sum(-1)
+    pivots = (L.diagonal(dim1=-2, dim2=-1).square() / variances).amin(-1)
+    regular = roots.amin(-1) > _SMALLEST_ROOT * roots.amax(-1)
+    right = (info == 0) & value.isfinite() & (pivots > _PIVOT)
+    if need_b:
+        right &= regular | (pivots > _GOOD_PIVOT) if not need_a else regular
+    grad_a = grad_b = None
+    if need_a:
+        half = vectors @ L.mT / roots.sqrt().unsqueeze(-1)  # (P, d, d)
+        grad_a = _less_map(half.mT @ half, A.dtype)
+    if need_b:
+        half = torch.linalg.solve_triangular(L.mT, root, upper=True)
+        grad_b = _less_map(torch.linalg.solve_triangular(L, half, upper=False, left=False), A.dtype)
+    return value.clamp_(min=0).to(A.dtype), grad_a, grad_b, right
+
+
+def _root(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Square root of M (P, d, d), float64, its eigenvectors in rows and its eigenvalues (P, d)."""
+    side_by_side = M.shape[-1] <= _SIDE_BY_SIDE and len(M) >= _FEWEST
+    root, aux = sqrtm._fwd_cpu(M, False, "tridiagonal" if side_by_side else "eigh")
+    if side_by_side:
+        return root, aux[:, :-1], aux[:, -1].abs()
+    return root, aux[:, 2:].mT, aux[:, 0]
+
+
+def _less_map(T: Tensor, dtype: torch.dtype) -> Tensor:
+    """I - T, exactly symmetric."""
+    T = symmetric(T).neg_()
+    T.diagonal(dim1=-2, dim2=-1).add_(1)
+    return T.to(dtype)
+
+
+_library.register(
+    "bures_distance(Tensor A, Tensor B, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+    _bures_fake,
+    _bures_cpu,
 )

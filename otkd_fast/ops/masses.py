@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._library import DTYPE_CODES, address, contiguous, native
+from ._library import DTYPE_CODES, native
 
 
 def can_check_masses(a: Tensor | None, b: Tensor | None) -> bool:
@@ -18,8 +18,22 @@ def can_check_masses(a: Tensor | None, b: Tensor | None) -> bool:
 
 def masses_right(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
     """Whether all are >= 0 and the totals positive, finite and equal to within `tolerance`; None: uniform, total 1."""
-    a, b = contiguous(a), contiguous(b)
     given = b if a is None else a
-    n, m = (1 if weights is None else weights.shape[-1] for weights in (a, b))
-    code, batch = DTYPE_CODES[given.dtype], given.numel() // given.shape[-1]
-    return native.masses_right(code, address(a), address(b), batch, n, m, tolerance)
+    a, b = _in_rows(a), _in_rows(b)
+    rows_a, rows_b = _rows(a), _rows(b)
+    return native.masses_right(DTYPE_CODES[given.dtype], rows_a, rows_b, given.numel() // given.shape[-1], tolerance)
+
+
+def _in_rows(weights: Tensor | None) -> Tensor | None:
+    """Equidistant rows of adjacent masses."""
+    if weights is None or weights.dim() == 2 and weights.stride(1) == 1:
+        return weights
+    return weights.contiguous()
+
+
+def _rows(weights: Tensor | None) -> tuple[int, int, int]:
+    """Address, size and distance of the rows."""
+    if weights is None:
+        return 0, 1, 1
+    size = weights.shape[-1]
+    return weights.data_ptr(), size, weights.stride(0) if weights.dim() == 2 else size

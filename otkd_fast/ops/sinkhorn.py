@@ -32,8 +32,10 @@ def history_size(n: int, m: int, num_iters: int, keep: int, together: bool = Fal
 
     together: of a problem that shares vectors with others; its backward runs the loop again rather than to read it.
     """
-    slots = {KEEP_NOTHING: 0, KEEP_LAST: 1, KEEP_ALL: 1 if together else num_iters, KEEP_LAST_STEP: 2}[keep]
-    return _HEADER + slots * (n + m) if slots else 0
+    if keep == KEEP_NOTHING:
+        return 0
+    slots = {KEEP_LAST: 1, KEEP_ALL: 0 if together else num_iters, KEEP_LAST_STEP: 2}[keep]
+    return _HEADER + slots * (n + m)
 
 
 def many_small(batch: Sequence[int], n: int, m: int, penalty_a: float, penalty_b: float) -> bool:
@@ -148,7 +150,7 @@ def _bwd_cpu(
     # vmap may have changed the number of problems since the forward: the history tells how they were solved
     if together is None:
         together = many_small(batch, n, m, penalty_a, penalty_b)
-    if sizes[True] != sizes[False]:
+    if keep == KEEP_ALL:
         together = history.shape[-1] == sizes[True]
     grads = (
         cost.new_empty(cost.shape if need_cost else (0,)),

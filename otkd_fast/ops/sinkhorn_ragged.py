@@ -2,7 +2,8 @@
 ``csrc/cuda/sinkhorn_ragged.cu``).
 
 ``sinkhorn_ragged_fwd`` and ``_bwd`` solve them, ``cost_matrix_ragged_fwd`` and ``_bwd`` take the costs between points.
-Columns first is the transposed problem, as in ``ops/sinkhorn.py``. Offsets are int64.
+Columns first is the transposed problem, as in ``ops/sinkhorn.py``. Offsets are int64. On CUDA tensors (Triton) their
+values are not read on the host: a problem whose offsets do not fit the tensors gets NaN.
 """
 
 from __future__ import annotations
@@ -281,6 +282,7 @@ _library.register(
     _fwd_fake,
     _fwd_cpu,
     cuda=_fwd_cuda,
+    triton="sinkhorn_ragged:sinkhorn_ragged_fwd",
 )
 _library.register(
     "sinkhorn_ragged_bwd(Tensor cost, Tensor a, Tensor b, Tensor? initial_f, Tensor? initial_g, Tensor row_offsets, "
@@ -290,6 +292,7 @@ _library.register(
     _bwd_fake,
     _bwd_cpu,
     cuda=_bwd_cuda,
+    triton="sinkhorn_ragged:sinkhorn_ragged_bwd",
 )
 _library.register(
     "cost_matrix_ragged_fwd(Tensor x, Tensor y, Tensor row_offsets, Tensor column_offsets, int entries, str metric) "
@@ -297,6 +300,7 @@ _library.register(
     _cost_fwd_fake,
     _cost_fwd_cpu,
     cuda=_cost_fwd_cuda,
+    triton="cost_matrix_ragged:cost_matrix_ragged_fwd",
 )
 _library.register(
     "cost_matrix_ragged_bwd(Tensor x, Tensor y, Tensor row_offsets, Tensor column_offsets, Tensor cost, "
@@ -304,4 +308,5 @@ _library.register(
     _cost_bwd_fake,
     _cost_bwd_cpu,
     cuda=_cost_bwd_cuda,
+    triton="cost_matrix_ragged:cost_matrix_ragged_bwd",
 )

@@ -5,6 +5,10 @@ exponents permits, then in float64; the problems that even that does not suffice
 ``sinkhorn_bwd``, as do batches of a few problems: a few at a time, so that no tensor of the size of all the expanded
 costs exists.
 
+Guards (0: none) are constants in the denominators of the scalings, u = a / (K v + guard_a), v = b / (K^T u + guard_b),
+K = exp(-C / epsilon), from scalings that are 1 on the support: for plain iterations of a fixed number. They are no part
+of a fixed point, so 'implicit' is refused. Only the CPU's kernels have them. With guards float64 serves every range.
+
 History, one float64 tensor: how each problem was solved (B,) and its iterations (B,), as the bits of int64; then the
 scalings of the blocks of problems that were solved together in the input's type; then, problem by problem, those of the
 others.
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from . import _library, sinkhorn
 from ._library import address, contiguous, native
+from ._sinkhorn_shared_implicit import implicit_gradients, unpacked_scalings
 
 FEW = 4  # problems up to which the dense solver is quicker
 LANES = 16  # a multiple of the problems that any instruction set puts side by side
@@ -45,7 +50,7 @@ def _batch(a: Tensor | None, b: Tensor | None) -> int:
 def _fwd_fake(
     cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
-    update_a_first: bool, keep: int,
+    update_a_first: bool, keep: int, guard_a: float = 0.0, guard_b: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, (n, m) = _batch(a, b), cost.shape
     transport_cost, regularized_cost, marginal_error = (cost.new_empty(batch) for _ in range(3))
@@ -62,7 +67,7 @@ def _fwd_fake(
 def _triton_fwd_fake(
     cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
-    update_a_first: bool, keep: int,
+    update_a_first: bool, keep: int, guard_a: float = 0.0, guard_b: float = 0.0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The Triton kernels keep a history as that of ``sinkhorn`` for each problem."""
     per_problem = cost.expand(_batch(a, b), *cost.shape), a, b, initial_f, initial_g
@@ -88,6 +93,17 @@ class _History:
         """(B, doubles of a problem solved apart)"""
         return self._history[self._rest :].view(self._batch, self.apart_stride)
 
+    def last_scalings(self, solved: Tensor, cost: Tensor, rows_first: bool) -> tuple[Tensor, Tensor]:
+        """x and y of the problems `solved`, of which one iteration is kept, in float64; P = diag(a x) K diag(b y)."""
+        first, second = cost.shape if rows_first else cost.shape[::-1]
+        blocks = self._history[2 * self._batch : self._rest].view(cost.dtype)
+        scalings = unpacked_scalings(blocks, self._batch, first + second).double()
+        if cost.dtype is not torch.float64:
+            apart = (self.method_of() == DOUBLE).unsqueeze(1)
+            scalings = torch.where(apart, self.scalings_apart()[:, : first + second], scalings)
+        x, y = scalings[solved].split((first, second), 1)
+        return (x, y) if rows_first else (y, x)
+
     def place(self, call) -> None:
         """Tells a native call where everything is."""
         call.methods, call.kept_iterations = self.methods, self.iterations
@@ -99,7 +115,15 @@ def _turned(cost: Tensor) -> bool:
     return cost.mT.is_contiguous()
 
 
-def _call(cost, a, b, initial_f, initial_g, epsilon, num_iters, keep, penalty_a, penalty_b):
+def _check_guards(guard_a: float, guard_b: float, plain: bool) -> bool:
+    """Whether there are guards; ValueError where they are not served."""
+    guarded = guard_a != 0 or guard_b != 0
+    if guarded and not (plain and guard_a >= 0 and guard_b >= 0):
+        raise ValueError("guard_a, guard_b: expected numbers >= 0, not 0 in plain iterations of a fixed number only")
+    return guarded
+
+
+def _call(cost, a, b, initial_f, initial_g, epsilon, num_iters, keep, penalty_a, penalty_b, guard_a, guard_b):
     """A native call with what forward and backward have in common; `cost` is contiguous, or its transpose is."""
     call = native.SinkhornSharedCall()
     call.dtype, call.threads = _library.dtype_code(cost), torch.get_num_threads()
@@ -109,15 +133,17 @@ def _call(cost, a, b, initial_f, initial_g, epsilon, num_iters, keep, penalty_a,
     call.initial_f, call.initial_g = address(initial_f), address(initial_g)
     call.epsilon, call.num_iters, call.keep = epsilon, num_iters, keep
     call.penalty_a, call.penalty_b = penalty_a, penalty_b
+    call.guard_a, call.guard_b = guard_a, guard_b
     return call
 
 
 def _fwd_cpu(
     cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
-    update_a_first: bool, keep: int,
+    update_a_first: bool, keep: int, guard_a: float = 0.0, guard_b: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = (epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep)
+    guarded = _check_guards(guard_a, guard_b, tol == 0 and relaxation == 1 and penalty_a == penalty_b == torch.inf)
     outputs = _fwd_fake(cost, a, b, initial_f, initial_g, *options)
     *_, count, history = outputs
     batch = _batch(a, b)
@@ -125,8 +151,8 @@ def _fwd_cpu(
         return outputs
     left = None  # all of them
     parts = _History(history, cost, batch, num_iters, keep) if keep else None
-    if batch > FEW:
-        left = _solve(outputs, parts, cost, a, b, initial_f, initial_g, *options)
+    if batch > FEW or guarded:
+        left = _solve(outputs, parts, cost, a, b, initial_f, initial_g, *options, guard_a, guard_b)
     else:
         left = torch.arange(batch)
     for chunk in () if left is None else left.split(max(1, CHUNK_ENTRIES // cost.numel())):
@@ -136,16 +162,16 @@ def _fwd_cpu(
 
 def _solve(
     outputs, parts, cost, a, b, initial_f, initial_g, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b,
-    update_a_first, keep,
+    update_a_first, keep, guard_a, guard_b,
 ) -> Tensor | None:  # fmt: skip
     """Solves what scalings can; the indices of the problems that are left, None where there are none."""
     transport_cost, regularized_cost, f, g, marginal_error, count, _ = outputs
     if not update_a_first:
         cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
-        penalty_a, penalty_b = penalty_b, penalty_a
+        penalty_a, penalty_b, guard_a, guard_b = penalty_b, penalty_a, guard_b, guard_a
     cost = cost if _turned(cost) else cost.contiguous()
     operands = [contiguous(tensor) for tensor in (a, b, initial_f, initial_g)]
-    call = _call(cost, *operands, epsilon, num_iters, keep, penalty_a, penalty_b)
+    call = _call(cost, *operands, epsilon, num_iters, keep, penalty_a, penalty_b, guard_a, guard_b)
     call.tol, call.relaxation = tol, relaxation
     call.transport_cost, call.regularized_cost = address(transport_cost), address(regularized_cost)
     call.marginal_error, call.iterations = address(marginal_error), address(count)
@@ -182,7 +208,7 @@ def _bwd_fake(
     cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
     grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
-    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool, guard_a: float = 0.0, guard_b: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, (n, m) = _batch(a, b), cost.shape
     return (
@@ -196,10 +222,8 @@ def _bwd_cpu(
     cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
     grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
-    gradient: str, need_cost: bool, need_a: bool, need_b: bool,
+    gradient: str, need_cost: bool, need_a: bool, need_b: bool, guard_a: float = 0.0, guard_b: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if gradient == "implicit":
-        raise NotImplementedError("sinkhorn_shared_bwd: no implicit gradient; expand the cost and use sinkhorn_bwd")
     options = (epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b)
     per_problem = (a, b, initial_f, initial_g)
     incoming = (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)
@@ -210,10 +234,15 @@ def _bwd_cpu(
     if batch == 0:
         return grads
     parts = _History(history.contiguous(), cost, batch, num_iters, sinkhorn.KEEP[gradient])
+    if gradient == "implicit":
+        if guard_a != 0 or guard_b != 0:
+            raise ValueError("gradient: expected another than 'implicit' with guards, which no fixed point has")
+        _differentiate_implicitly(grads, parts, cost, per_problem, incoming, options)
+        return grads
     counts = native.sinkhorn_shared_methods(parts.methods, batch)
     for method in (FLOAT, DOUBLE):
         if counts[method]:
-            _differentiate(method, grads, parts, cost, *per_problem, *incoming, *options)
+            _differentiate(method, grads, parts, cost, *per_problem, *incoming, *options, guard_a, guard_b)
     left = (parts.method_of() == DENSE).nonzero().squeeze(1) if counts[DENSE] else None
     for chunk in () if left is None else left.split(max(1, CHUNK_ENTRIES // cost.numel())):
         _differentiate_dense(grads, parts, chunk, cost, (*per_problem, *incoming), options)
@@ -222,18 +251,19 @@ def _bwd_cpu(
 
 def _differentiate(
     method, grads, parts, cost, a, b, initial_f, initial_g, grad_transport_cost, grad_regularized_cost, grad_f, grad_g,
-    epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b,
+    epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, need_cost, need_a, need_b, guard_a, guard_b,
 ) -> None:  # fmt: skip
     """The problems that were solved by this method on scalings."""
     grad_cost, grad_a, grad_b = grads
     if not update_a_first:
         cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
-        penalty_a, penalty_b, grad_a, grad_b = penalty_b, penalty_a, grad_b, grad_a
+        penalty_a, penalty_b, guard_a, guard_b = penalty_b, penalty_a, guard_b, guard_a
+        grad_a, grad_b = grad_b, grad_a
         grad_cost = torch.zeros_like(cost, memory_format=torch.contiguous_format) if need_cost else grad_cost
     cost = cost if _turned(cost) and not need_cost else cost.contiguous()
     operands = [contiguous(tensor) for tensor in (a, b, initial_f, initial_g)]
     incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
-    call = _call(cost, *operands, epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b)
+    call = _call(cost, *operands, epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b, guard_a, guard_b)
     call.method, call.gradient, call.count = method, sinkhorn.GRADIENTS[gradient], call.batch
     if method == DOUBLE and cost.dtype is not torch.float64:
         problems = (parts.method_of() == method).nonzero().squeeze(1)
@@ -250,6 +280,44 @@ def _differentiate(
     call.backward()
     if need_cost and not update_a_first:
         grads[0].add_(grad_cost.mT)
+
+
+def _differentiate_implicitly(grads, parts, cost, per_problem, incoming, options) -> None:
+    """All of them: those solved on scalings together, the rest by the solver of :mod:`.sinkhorn`.
+
+    The dual value does not change with potentials that have converged: its gradient is the envelope's.
+    """
+    a, b, *_ = per_problem
+    epsilon, _, penalty_a, penalty_b, update_a_first, _, *needs = options
+    for grad in grads:
+        grad.zero_()
+    methods = parts.method_of()
+    solved = (methods != DENSE).nonzero().squeeze(1)
+    if incoming[1] is not None:
+        envelope = (*options[:5], "envelope", *needs, 0.0, 0.0)
+        for method in sorted({*methods[solved].tolist()}):
+            _differentiate(int(method), grads, parts, cost, *per_problem, None, incoming[1], None, None, *envelope)
+    left = (methods == DENSE).nonzero().squeeze(1)
+    for chunk in left.split(max(1, CHUNK_ENTRIES // cost.numel())) if len(left) else ():
+        _differentiate_dense(grads, parts, chunk, cost, (*per_problem, *incoming), options)
+    if len(solved) == 0 or all(incoming[k] is None for k in (0, 2, 3)):
+        return
+    x, y = parts.last_scalings(solved, cost, update_a_first)
+    a, b = (
+        cost.new_full((len(solved), size), 1 / size) if weights is None else weights[solved]
+        for weights, size in zip((a, b), cost.shape, strict=True)
+    )
+    of_transport, _, of_f, of_g = (None if grad is None else grad[solved] for grad in incoming)
+    if update_a_first:
+        sides = (cost, a, b, x, y, of_transport, of_f, of_g, epsilon, penalty_a, penalty_b)
+    else:
+        sides = (cost.mT, b, a, y, x, of_transport, of_g, of_f, epsilon, penalty_b, penalty_a)
+    grad_cost, *of_masses = implicit_gradients(*sides, needs[0])
+    if needs[0]:
+        grads[0].add_(grad_cost if update_a_first else grad_cost.mT)
+    for grad, value in zip(grads[1:], of_masses if update_a_first else of_masses[::-1], strict=True):
+        if grad.numel():
+            grad[solved] += value.to(grad.dtype)
 
 
 def _differentiate_dense(grads, parts, chunk, cost, per_problem, options) -> None:
@@ -310,7 +378,8 @@ def _bwd_cuda(
 
 _library.register(
     "sinkhorn_shared_fwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, float epsilon, "
-    "int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, bool update_a_first, int keep) -> "
+    "int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, bool update_a_first, int keep, "
+    "float guard_a=0., float guard_b=0.) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
@@ -322,7 +391,7 @@ _library.register(
     "sinkhorn_shared_bwd(Tensor cost, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, Tensor history, "
     "Tensor? grad_transport_cost, Tensor? grad_regularized_cost, Tensor? grad_f, Tensor? grad_g, float epsilon, "
     "int num_iters, float penalty_a, float penalty_b, bool update_a_first, str gradient, bool need_cost, bool need_a, "
-    "bool need_b) -> (Tensor, Tensor, Tensor)",
+    "bool need_b, float guard_a=0., float guard_b=0.) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
     cuda=_bwd_cuda,

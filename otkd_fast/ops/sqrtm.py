@@ -17,16 +17,23 @@ from ..reference import sqrtm as reference
 from . import _library
 from ._library import native
 
-KERNELS = {"jacobi": 0, "polar": 1}
+KERNELS = {"jacobi": 0, "polar": 1, "tridiagonal": 2}
 JACOBI_LIMIT = 24
+# sizes up to which eigenvectors in double are worth while, in batches that fill the lanes of two threads or so
+TRIDIAGONAL_LIMIT, TRIDIAGONAL_BATCH = 128, 32
 CUDA_LIMIT = 32
 
 
-def chosen(algorithm: str, d: int) -> str:
-    """What 'auto' means for d x d matrices; other names stand for themselves."""
+def chosen(algorithm: str, A: Tensor) -> str:
+    """What 'auto' means for matrices A (..., d, d); other names stand for themselves."""
     if algorithm != "auto":
         return algorithm
-    return "jacobi" if d <= JACOBI_LIMIT else "polar"
+    *batch, d, _ = A.shape
+    if d <= JACOBI_LIMIT:
+        return "jacobi"
+    if A.dtype == torch.float32 and d <= TRIDIAGONAL_LIMIT and _library.product(batch) >= TRIDIAGONAL_BATCH:
+        return "tridiagonal"
+    return "polar"
 
 
 def chosen_on_cuda(algorithm: str, d: int) -> str:
@@ -37,9 +44,9 @@ def chosen_on_cuda(algorithm: str, d: int) -> str:
 
 
 def _aux(A: Tensor, algorithm: str) -> Tensor:
-    """jacobi: eigenvectors in rows and the square roots of their eigenvalues; polar: bounds of these roots."""
+    """jacobi, tridiagonal: eigenvectors in rows, square roots of their eigenvalues; polar: bounds of these roots."""
     *batch, d, _ = A.shape
-    if algorithm == "jacobi":
+    if algorithm in ("jacobi", "tridiagonal"):
         return A.new_empty((*batch, d + 1, d))
     if algorithm == "polar":
         return A.new_empty((*batch, 2))
@@ -50,26 +57,26 @@ def _fwd_fake(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]
     if A.device.type == "cuda":
         algorithm = chosen_on_cuda(algorithm, A.shape[-1])
         return A.new_empty(A.shape), _aux(A, "newton_schulz" if algorithm == "polar" else algorithm)
-    return A.new_empty(A.shape), _aux(A, chosen(algorithm, A.shape[-1]))
+    return A.new_empty(A.shape), _aux(A, chosen(algorithm, A))
 
 
 def _fwd_cpu(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
     A = A.contiguous()
     *batch, d, _ = A.shape
-    algorithm = chosen(algorithm, d)
+    algorithm = chosen(algorithm, A)
     if algorithm not in KERNELS:
         return reference.sqrtm_fwd(A, inverse, algorithm)
     S, aux = A.new_empty(A.shape), _aux(A, algorithm)
     if A.numel() == 0:
         return S, aux
     problems, code, kind, threads = _library.product(batch), _library.dtype_code(A), KERNELS[algorithm], _threads()
-    unsolved = torch.empty(problems, dtype=torch.uint8)
-    scratch = _library.workspace(native.sqrtm_workspace(code, d, kind, threads, False))
+    size = native.sqrtm_workspace(code, d, kind, threads, False)
+    scratch = _library.workspace(size + problems)  # the work, then a mark for each matrix that is left
+    place = scratch.data_ptr()
     if native.sqrtm_fwd(
-        code, A.data_ptr(), S.data_ptr(), aux.data_ptr(), unsolved.data_ptr(), scratch.data_ptr(), problems, d,
-        inverse, kind, threads,
-    ):  # fmt: skip
-        rest = unsolved.nonzero().squeeze(-1)
+        code, A.data_ptr(), S.data_ptr(), aux.data_ptr(), place + size, place, problems, d, inverse, kind, threads
+    ):
+        rest = scratch[size : size + problems].nonzero().squeeze(-1)
         S.view(-1, d, d)[rest] = reference.sqrtm_fwd(A.view(-1, d, d)[rest], inverse, "eigh")[0]
         _mark_singular(aux, rest, algorithm)
     return S, aux
@@ -77,10 +84,10 @@ def _fwd_cpu(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
 
 def _mark_singular(aux: Tensor, matrices: Tensor, algorithm: str) -> None:
     """Make the backward leave these matrices of the batch, too."""
-    if algorithm == "jacobi":
+    if algorithm in ("jacobi", "tridiagonal"):
         roots = aux.view(-1, *aux.shape[-2:])[:, -1]  # (B, d), a view
         roots[matrices] = 0
-        roots[matrices, 0] = 1
+        roots[matrices, 0] = 1 if algorithm == "jacobi" else torch.inf
     else:
         aux.view(-1, 2)[matrices] = torch.tensor([1.0, 0.0], dtype=aux.dtype)
 
@@ -92,20 +99,21 @@ def _bwd_fake(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, al
 def _bwd_cpu(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, algorithm: str) -> Tensor:
     A, S, aux, grad = (operand.contiguous() for operand in (A, S, aux, grad))
     *batch, d, _ = A.shape
-    algorithm = chosen(algorithm, d)
+    algorithm = chosen(algorithm, A)
     if algorithm not in KERNELS:
         return reference.sqrtm_bwd(A, S, aux, grad, inverse, algorithm)
     grad_A = A.new_empty(A.shape)
     if A.numel() == 0:
         return grad_A
     problems, code, kind, threads = _library.product(batch), _library.dtype_code(A), KERNELS[algorithm], _threads()
-    unsolved = torch.empty(problems, dtype=torch.uint8)
-    scratch = _library.workspace(native.sqrtm_workspace(code, d, kind, threads, True))
+    size = native.sqrtm_workspace(code, d, kind, threads, True)
+    scratch = _library.workspace(size + problems)
+    place = scratch.data_ptr()
     if native.sqrtm_bwd(
-        code, S.data_ptr(), aux.data_ptr(), grad.data_ptr(), grad_A.data_ptr(), unsolved.data_ptr(),
-        scratch.data_ptr(), problems, d, inverse, kind, threads,
+        code, S.data_ptr(), aux.data_ptr(), grad.data_ptr(), grad_A.data_ptr(), place + size, place, problems, d,
+        inverse, kind, threads,
     ):  # fmt: skip
-        rest = unsolved.nonzero().squeeze(-1)
+        rest = scratch[size : size + problems].nonzero().squeeze(-1)
         A, S, grad = (operand.view(-1, d, d)[rest] for operand in (A, S, grad))
         grad_A.view(-1, d, d)[rest] = reference.sqrtm_bwd(A, S, aux, grad, inverse, "polar")
     return grad_A
@@ -142,15 +150,25 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+def _fwd_fake_triton(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
+    """As the reference allocates, which its adjoint can go on from."""
+    *batch, d, _ = A.shape
+    shape = (*batch, d + 2, d) if algorithm in ("auto", "jacobi", "eigh") else (0,)
+    return A.new_empty(A.shape), A.new_empty(shape, dtype=torch.float64)
+
+
 _library.register(
     "sqrtm_fwd(Tensor A, bool inverse, str algorithm) -> (Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
     cuda=_fwd_cuda,
+    triton="sqrtm:sqrtm_fwd",
+    triton_fake=_fwd_fake_triton,
 )
 _library.register(
     "sqrtm_bwd(Tensor A, Tensor S, Tensor aux, Tensor grad, bool inverse, str algorithm) -> Tensor",
     _bwd_fake,
     _bwd_cpu,
     cuda=_bwd_cuda,
+    triton="sqrtm:sqrtm_bwd",
 )

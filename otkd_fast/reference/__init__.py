@@ -10,6 +10,7 @@ from .gaussian import bures, gaussian_kl, gaussian_kl_diagonal, wasserstein_from
 from .moments import feature_moments, window
 from .polar import polar
 from .sinkhorn import SinkhornOutputs, sinkhorn, sinkhorn_points
+from .sinkhorn_guarded import sinkhorn_guarded
 from .sinkhorn_ragged import cost_matrix_ragged, sinkhorn_ragged
 from .sqrtm import sqrtm_bwd, sqrtm_fwd
 
@@ -24,6 +25,7 @@ __all__ = [
     "gaussian_kl_diagonal",
     "polar",
     "sinkhorn",
+    "sinkhorn_guarded",
     "sinkhorn_points",
     "sinkhorn_ragged",
     "sqrtm_bwd",

@@ -17,6 +17,8 @@ and no matrix of that size but the plan. (Luise et al. 2018; Eisenberger et al. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -69,10 +71,11 @@ def _gradients(
     diagonal_a = torch.where(has_row, rows / damping(penalty_a, epsilon), 1)
     diagonal_b = torch.where(has_column, columns / damping(penalty_b, epsilon), 1)
     w, x = torch.where(has_row, grad_f.double(), 0), torch.where(has_column, grad_g.double(), 0)
-    gauge = _Gauge(p, has_row, has_column) if penalty_a == penalty_b == torch.inf else None
+    gauge = Gauge(*components(p > 0), has_row, has_column) if penalty_a == penalty_b == torch.inf else None
     if gauge:
         w, x = gauge.project(w, x)
-    w, x = _solve(p, diagonal_a, diagonal_b, w, x, RELATIVE_RESIDUAL[cost.dtype])
+    products = (lambda w: (p.mT @ w.unsqueeze(-1)).squeeze(-1)), (lambda x: (p @ x.unsqueeze(-1)).squeeze(-1))
+    w, x = solve(*products, diagonal_a, diagonal_b, w, x, RELATIVE_RESIDUAL[cost.dtype])
     if gauge:
         w, x = gauge.project(w, x)
     grad_cost = p * (w.unsqueeze(-1) + x.unsqueeze(-2))
@@ -93,16 +96,14 @@ def _(info, in_dims, *arguments):
     return _gradients(*tensors, *arguments[7:]), (0, 0, 0)
 
 
-def _solve(
-    p: Tensor, diagonal_a: Tensor, diagonal_b: Tensor, u: Tensor, v: Tensor, tol: float
-) -> tuple[Tensor, Tensor]:
-    """w, x with diagonal_a w + P x = u and P^T w + diagonal_b x = v; a problem that has converged stands still."""
+def solve(
+    down: Callable[[Tensor], Tensor], across: Callable[[Tensor], Tensor],
+    diagonal_a: Tensor, diagonal_b: Tensor, u: Tensor, v: Tensor, tol: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """w, x with diagonal_a w + P x = u and P^T w + diagonal_b x = v; a problem that has converged stands still.
 
-    def down(w: Tensor) -> Tensor:
-        return (p.mT @ w.unsqueeze(-1)).squeeze(-1)  # (..., m)
-
-    def across(x: Tensor) -> Tensor:
-        return (p @ x.unsqueeze(-1)).squeeze(-1)  # (..., n)
+    down: P^T w (..., m) of w (..., n); across: P x (..., n) of x (..., m).
+    """
 
     def inner(left: Tensor, right: Tensor) -> Tensor:
         return (left * right).sum(-1, keepdim=True)  # (..., 1)
@@ -131,25 +132,33 @@ def _solve(
     return (u - across(x)) / diagonal_a, x
 
 
-class _Gauge:
-    """Projection on the complement of (1, -1) on each connected component of the plan's support."""
+class Gauge:
+    """Projection on the complement of (1, -1) on each connected component of the plan's support.
 
-    def __init__(self, p: Tensor, has_row: Tensor, has_column: Tensor) -> None:
-        m = p.shape[-1]
-        row_label, column_label = _components(p > 0)
-        ids = torch.arange(m, device=p.device)
-        self.rows = ((row_label.unsqueeze(-1) == ids) & has_row.unsqueeze(-1)).to(p.dtype)  # (..., n, m)
-        self.columns = ((column_label.unsqueeze(-1) == ids) & has_column.unsqueeze(-1)).to(p.dtype)  # (..., m, m)
-        self.count = (self.rows.sum(-2) + self.columns.sum(-2)).clamp(min=1).unsqueeze(-1)  # (..., m, 1)
+    row_label (..., n), column_label (..., m): the component of each, a number up to m; has_row, has_column: which of
+    them take part.
+    """
+
+    def __init__(self, row_label: Tensor, column_label: Tensor, has_row: Tensor, has_column: Tensor) -> None:
+        self.row_label, self.column_label = row_label, column_label
+        self.has_row, self.has_column = has_row.double(), has_column.double()
+        self.count = self._sums(self.has_row, self.has_column).clamp(min=1)  # (..., m + 1)
+
+    def _sums(self, w: Tensor, x: Tensor) -> Tensor:
+        """Of each component."""
+        total = w.new_zeros(*x.shape[:-1], x.shape[-1] + 1)
+        return total.scatter_add(-1, self.row_label, w).scatter_add(-1, self.column_label, x)
 
     def project(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """(w, x) minus its part along the gauge."""
-        shift = self.rows.mT @ w.unsqueeze(-1) - self.columns.mT @ x.unsqueeze(-1)
-        shift = shift / self.count
-        return w - (self.rows @ shift).squeeze(-1), x + (self.columns @ shift).squeeze(-1)
+        shift = self._sums(w * self.has_row, -x * self.has_column) / self.count
+        return (
+            w - shift.gather(-1, self.row_label) * self.has_row,
+            x + shift.gather(-1, self.column_label) * self.has_column,
+        )
 
 
-def _components(linked: Tensor) -> tuple[Tensor, Tensor]:
+def components(linked: Tensor) -> tuple[Tensor, Tensor]:
     """Labels of rows (..., n) and columns (..., m): the smallest column of their connected component.
 
     linked (..., n, m): which row touches which column. Each round passes the smallest label to the neighbours, to the

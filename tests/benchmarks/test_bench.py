@@ -1,6 +1,8 @@
 """The benchmark's own rules: no time for a wrong answer, and pages made from the JSON."""
 
+import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,9 +13,15 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench import (  # noqa: E402
     gaussian,
+    loss_features,
+    loss_others,
+    loss_sinkd,
     matrix_roots,
     measure,
+    progress,
+    published,
     report,
+    results_file,
     run,
     scaling,
     sinkd,
@@ -21,6 +29,7 @@ from bench import (  # noqa: E402
     sinkhorn_points,
     sinkhorn_ragged,
     sinkhorn_shared,
+    training_step,
 )
 from bench.family import Peer  # noqa: E402
 
@@ -141,6 +150,24 @@ def test_a_run_in_pieces_is_merged():
         run.merged(old | {"machine": old["machine"] | {"cpu": "another"}}, new)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        ("0.1.0+cu131", "0.1.0+cpu", []),
+        ("0.1.0+cpu", "0.1.0+cu130", []),
+        ("0.1.0+reference", "0.1.0+cpu", ["otkd_fast (0.1.0+reference, now 0.1.0+cpu)"]),
+        ("0.1.0+cpu", "0.2.0+cpu", ["otkd_fast (0.1.0+cpu, now 0.2.0+cpu)"]),
+    ],
+)
+def test_what_may_stand_in_one_table(before, after, changed):
+    """Whether it was built with CUDA says nothing of the CPU's kernels; the rest of the version does."""
+    old = run.machine()
+    new = old | {"versions": old["versions"] | {"otkd_fast": after, "pykeops": None}}
+    old = old | {"versions": old["versions"] | {"otkd_fast": before, "pykeops": "2.3"}}
+    assert results_file.differences(old, new) == changed
+    assert results_file.differences(old | {"threads": 7}, new)[0].startswith("threads (7, now")
+
+
 def test_markdown_has_ratios_and_requirements():
     text = report.markdown(made_up_report())
     assert "| 64 x 100 | **0.100** | 1.25 (12.5 x, at least 10) | - | wrong answer | - |" in text
@@ -149,20 +176,20 @@ def test_markdown_has_ratios_and_requirements():
     assert "10 iterations: otkd_fast | 63 |" in text and "released form | no memory |" in text
 
 
-def test_pages_are_made_from_the_json(tmp_path):
+def test_pages_are_made_from_the_json(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pages, results = [tmp_path / "README.md", tmp_path / "benchmarks.md"], tmp_path / "cpu.json"
     for page in pages:
         page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
-    results.write_text(json.dumps(made_up_report()))
-    numerics, sweeps = tmp_path / "numerics.md", tmp_path / "scaling.json"
+    numerics = tmp_path / "numerics.md"
     numerics.write_text("before\n<!-- bench:begin -->\n<!-- bench:end -->\n")
     sweep = {"kernel": "dense", "variable": "n", "values": [64, 128], "milliseconds": [1.0, 4.0]}
-    sweep |= {"exponent_of_operations": 2, "fitted_exponent": 2.0}
-    sweeps.write_text(json.dumps(run.make_report([]) | {"sweeps": [sweep]}))
+    sweep |= {"exponent_of_operations": 2, "fitted_exponent": 2.0, "floor_ms": [0.5, 2.0]}
+    rates = {"copy_bytes_per_s": 1e10, "multiply_adds_per_s": 1e11, "exponentials_per_s": 1e9}
+    results.write_text(json.dumps(made_up_report() | {"sweeps": [sweep], "rates": rates}))
     arguments = [str(results), "--update-docs", "--readme", str(pages[0]), "--docs", str(pages[1])]
     plot = tmp_path / "scaling.png"
-    arguments += ["--scaling", str(sweeps), "--numerics", str(numerics), "--plot", str(plot)]
+    arguments += ["--numerics", str(numerics), "--plot", str(plot)]
     for _ in range(2):
         report.main(arguments)
     for page in pages:
@@ -170,10 +197,110 @@ def test_pages_are_made_from_the_json(tmp_path):
         assert text.startswith("before\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nafter\n")
         assert "old" not in text and text.count("**0.100**") == 1
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "| dense | n | 64 ... 128 | 2 | 2.00 | 4.00 |" in numerics.read_text()
+    assert "| dense | n | 64 ... 128 | 2 | 2.00 | 4.00 | 2.0 |" in numerics.read_text()
     pages[0].write_text("no markers")
-    with pytest.raises(SystemExit, match="bench:begin"):
+    with pytest.raises(SystemExit) as error:
         report.main(arguments)
+    assert error.value.code == 2 and "bench:begin" in capsys.readouterr().err
+
+
+WHOLE_LOSSES = {
+    "sinkd_published": (loss_sinkd.BATCH, "4x3 T5"),
+    "sinkd_flattened": (loss_sinkd.FLATTENED, "4x3"),
+    "sinkd_sample": (loss_sinkd.SAMPLE, "3x4"),
+    "sinkd_tokens": (loss_sinkd.TOKENS, "4x40"),
+    "wkl": (loss_others.WKL, "4x6 dwkd_dkd"),
+    "wkl_value": (loss_others.WKL_VALUE, "4x6"),
+    "multi_level_ot": (loss_others.MULTI_LEVEL, "2x3x70"),
+    **{f"kd2m {m}": (loss_features.KD2M, f"12x5 {m}") for m in ("w2", "jw2", "w2_gaussian", "cw2, 3 classes")},
+    "wcord_local": (loss_features.LOCAL, "6x5 sinkhorn"),
+    "ipot": (loss_features.LOCAL, "6x5 ipot"),
+    "wcord_global": (loss_features.GLOBAL, "3x7x4"),
+    **{f"step {m}": (training_step.FAMILY, f"linear 4x6, {m}") for m in ("SinKD", "WKD-L")},
+    "step WKD-F": (training_step.FAMILY, "convolutions 2x6, WKD-F"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_LOSSES)
+def test_whole_losses_equal_their_formulas(name):
+    family, size = WHOLE_LOSSES[name]
+    problem = family.problem(size)
+    checked = 0
+    for peer in (peer for peer in family.peers if not peer.name.endswith("compiled")):
+        measure.check(peer, peer.build(size), problem.expected, problem.inputs)
+        checked += peer.same_answer
+    assert checked >= 2
+
+
+def test_a_training_step_is_that_of_the_network():
+    """The step on one vector of parameters has the loss and the gradients of an ordinary step."""
+    size = "convolutions 2x6, WKD-F"
+    student, teacher, data, labels = training_step.networks(size)
+    with torch.no_grad():
+        targets = teacher(data)
+    outputs = student(data)
+    loss = torch.nn.functional.cross_entropy(outputs[0], labels) + training_step.our_loss(size)(outputs, targets)
+    loss.backward()
+    problem = training_step.problem(size)
+    value, gradient = measure.forward_backward(training_step.step(size, training_step.our_loss), *problem.inputs)
+    torch.testing.assert_close(value, loss)
+    torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in student.parameters()]))
+
+
+def test_the_published_cases_are_measured():
+    sizes = {family.op: family.sizes for family in run.FAMILIES}
+    assert len(published.CASES) == 17 and len({case.id for case in published.CASES}) == 17
+    for case in published.CASES:
+        assert case.measured and all(size in sizes[op] for op, size in case.measured), case
+    assert all(case.id in "\n".join(published.markdown()) for case in published.CASES)
+
+
+def test_the_fewest_steps_that_reach_our_marginal_error():
+    from bench import peers
+
+    assert peers.fewest_steps(lambda steps: 1 / steps, 0.1)[0] == 10
+    steps, said = peers.fewest_steps(lambda steps: 1.0, 0.1)
+    assert steps == peers.STEPS[-1] and said["marginal_error"] == 1.0 and said["marginal_error_of_ours"] == 0.1
+
+
+def test_what_is_equal_is_said():
+    text = "\n".join(report.section(sinkd.FAMILY, made_up_report()["cases"]))
+    assert "Equal iterations: released loop, PyTorch." in text
+
+
+def test_a_slow_call_is_timed_twice_or_once(monkeypatch):
+    monkeypatch.setattr(measure, "SLOW", 0.0)
+    calls = []
+    medians = measure.interleaved_medians({"slow": lambda: calls.append(1)}, seconds=0.01)
+    assert len(calls) == 2 and medians["slow"] > 0
+    monkeypatch.setattr(measure, "VERY_SLOW", 0.0)
+    measure.interleaved_medians({"slow": lambda: calls.append(1)}, seconds=0.01)
+    assert len(calls) == 3
+
+
+def test_floors_are_the_largest_of_their_parts():
+    rate = {"copy_bytes_per_s": 1e6, "multiply_adds_per_s": 1e6, "exponentials_per_s": 1e6}
+    assert scaling.floor_ms(scaling.Work(2e3, 1e3, 3e3), rate) == 3.0
+    for sweep in scaling.SWEEPS:
+        values, work = sweep.values, [sweep.work(value) for value in sweep.values]
+        assert all(w.bytes > 0 and w.operations > 0 for w in work)
+        growth = math.log(work[-1].operations / work[-2].operations) / math.log(values[-1] / values[-2])
+        assert sweep.exponent - 0.3 < growth < sweep.exponent + 0.3
+
+
+def test_progress_is_shown_line_by_line_or_as_a_bar(capsys):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    lines, screen = io.StringIO(), Screen()
+    for stream in (lines, screen):
+        shown = progress.Progress([1.0, 3.0], stream)
+        shown.step("first")
+        shown.step("second")
+        shown.finish()
+    assert "[  0 %] 1/2 first" in lines.getvalue() and "[ 25 %] 2/2 second" in lines.getvalue()
+    assert "########......................] 2/2 second" in screen.getvalue()
 
 
 def test_medians_are_of_all_functions():

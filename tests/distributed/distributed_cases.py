@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from otkd_fast import cost_matrix, sinkhorn
 from otkd_fast.distributed import GlobalBatch, all_gather_rows, sinkhorn_sharded
-from otkd_fast.losses import KD2M, SinKD
+from otkd_fast.losses import KD2M, SinKD, SinkhornDivergenceLoss, wcord_local
 
 ROWS, CLASSES = 11, 6
 # rows of each rank; also none
@@ -16,6 +16,11 @@ LOSSES = {
     "w2": lambda: KD2M(),
     "cw2_gaussian": lambda: KD2M(metric="cw2_gaussian"),
     "mmd": lambda: KD2M(metric="mmd", kernel="rbf"),
+    "w2 sinkhorn": lambda: KD2M(solver="sinkhorn"),
+    "w2_gaussian full": lambda: KD2M(metric="w2_gaussian", covariance="full"),
+    "sinkd flattened": lambda: SinKD(form="flattened"),
+    "divergence": lambda: SinkhornDivergenceLoss(epsilon=0.5),
+    "wcord": lambda: wcord_local,
 }
 SHARDED = {
     "a first": {"epsilon": 0.1, "num_iters": 7},

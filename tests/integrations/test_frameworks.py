@@ -66,6 +66,24 @@ def test_trainer_with_gradient_accumulation(count_items):
     assert same == count_items  # without the count the mean of means is another number
 
 
+def test_trainer_accumulates_a_distance_of_batches_by_shares():
+    """A loss that is no sum over rows says so, or its parts are averaged by their tokens."""
+    loss, batch = KD2M(metric="mmd"), tokens()
+    student = stand_ins.LanguageModel()
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
+    with pytest.raises(ValueError, match="num_items_in_batch.*do not add up"):
+        trainer(student, loss).train_on(parts)
+    train = trainer(copy.deepcopy(student), loss, divides_by_items=False, hard_weight=0.0)
+    expected = 0.0
+    for part in parts:
+        kept = part["labels"][:, 1:] != -100
+        s, t = (m(part["input_ids"]).logits[:, :-1][kept] for m in (student, train.teacher_model))
+        expected = expected + loss(s, t) * len(s) / (batch["labels"][:, 1:] != -100).sum()
+    wanted = torch.autograd.grad(expected, list(student.parameters()))
+    for actual, gradient in zip(train.train_on(parts), wanted, strict=True):
+        torch.testing.assert_close(actual, gradient)
+
+
 def test_trainer_on_several_devices_and_without_shift():
     student, batch = stand_ins.LanguageModel(), tokens()
     items = (batch["labels"][:, 1:] != -100).sum()

@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-from otkd_fast.losses import KD2M, SinKD, WKDFeature, WKDLogit
+from otkd_fast import losses
+from otkd_fast.integrations.torchdistill import MidLevelLoss
+from otkd_fast.losses import KD2M, WKL, SinKD, WKDFeature, WKDLogit, WKLFeature
 
 
 @pytest.fixture
@@ -67,6 +69,49 @@ def test_mid_level(registry, outputs, tmp_path):
     torch.testing.assert_close(
         registry.get_mid_level_loss(config)(student, teacher, labels), KD2M(metric="w2_gaussian")(*flat)
     )
+
+
+def test_stages_of_the_training(registry, outputs):
+    """WKL and WKLFeature are told the epoch by their own count of the steps: 3 epochs of 2 batches."""
+    student, teacher, labels = outputs
+    cost = 1 - torch.eye(4)
+    stage = {"num_epochs": 3, "steps_per_epoch": 2}
+    cases = {
+        "WKL": ("fc", {"cost": cost, "gamma": 2.0}, lambda s, t, p: WKL(cost=cost, gamma=2.0)(s, t, labels, p)),
+        "WKLFeature": ("layer4", {"grid": 2}, lambda s, t, p: WKLFeature(grid=2)(s, t, p)),
+    }
+    for name, (layer, parameters, expected) in cases.items():
+        config = {"key": f"otkd_fast.{name}.mid", "kwargs": {**paths(layer), **stage, **parameters}}
+        criterion = registry.get_mid_level_loss(config)
+        pair = [z[layer]["output"] for z in (student, teacher)]
+        for epoch in (1, 1, 2, 2, 3, 3, 3):
+            torch.testing.assert_close(criterion(*outputs), expected(*pair, epoch / 3))
+        later = registry.get_mid_level_loss({**config, "kwargs": {**config["kwargs"], "first_epoch": 2}})
+        for mode in (False, True):
+            torch.testing.assert_close(later.train(mode)(*outputs), expected(*pair, 2 / 3))
+        assert later.steps == 1
+        for wrong in ("num_epochs", "steps_per_epoch"):
+            with pytest.raises(TypeError, match=wrong):
+                registry.get_mid_level_loss({**config, "kwargs": {**config["kwargs"], wrong: None}})
+    with pytest.raises(ValueError, match="for WKL and WKLFeature only"):
+        MidLevelLoss("SinKD", "fc", "fc", num_epochs=3)
+
+
+def test_every_loss_is_registered(registry):
+    """All but WCoRD, whose parameters torchdistill would not train, and what is no loss of two tensors."""
+    without = {"WCoRD", "WKLDiagnostics"}
+    classes = {name for name in losses.__all__ if isinstance(getattr(losses, name), type)} - without
+    for name in [*classes, "wcord_local"]:
+        assert f"otkd_fast.{name}.mid" in registry.MIDDLE_LEVEL_LOSS_DICT
+        assert (f"otkd_fast.{name}" in registry.LOW_LEVEL_LOSS_DICT) == (name not in ("WKDLogit", "WKL", "WKLFeature"))
+
+
+def test_local_part_of_wcord(registry, outputs):
+    config = {"key": "otkd_fast.wcord_local.mid", "kwargs": {**paths("fc"), "solver": "ipot"}}
+    criterion = registry.get_mid_level_loss(config)
+    pair = [z["fc"]["output"] for z in outputs[:2]]
+    torch.testing.assert_close(criterion(*outputs), losses.wcord_local(*pair, solver="ipot"))
+    assert "solver='ipot'" in repr(criterion)
 
 
 def test_inside_a_weighted_sum(registry, outputs):

@@ -48,6 +48,19 @@ def gaussian_w2_full(x, y):
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + bures
 
 
+def gaussian_w2_factors(x, y):
+    """The same for covariances of any rank: tr (A^(1/2) B A^(1/2))^(1/2) of A = X^T X, B = Y^T Y is the sum of the
+    singular values of X Y^T. Rows are taken in a basis of the vectors that sum to 0: no singular value is 0 by rule.
+    """
+    factors = []
+    for z in (x, y):
+        n = len(z)
+        spanning = torch.cat([torch.ones(n, 1, dtype=z.dtype), torch.eye(n, dtype=z.dtype)[:, 1:]], 1)
+        factors.append(torch.linalg.qr(spanning).Q[:, 1:].mT @ z / n**0.5)  # (n - 1, d)
+    bures = sum(z.square().sum() for z in factors) - 2 * torch.linalg.svdvals(factors[0] @ factors[1].mT).sum()
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + bures
+
+
 def by_class(distance, x, y, labels):
     return [distance(x[labels == k], y[labels == k]) for k in labels.unique()]
 
@@ -82,10 +95,10 @@ def mmd_rbf(x, y, bandwidth=None):
     return k[0].sum() / n**2 + k[1].sum() / m**2 - 2 * k[2].sum() / (n * m)
 
 
-def sinkhorn_detached(cost, epsilon, num_iters):
-    """<P, C> with a constant plan, epsilon in units of the mean cost, scalings, rows first."""
+def sinkhorn_detached(cost, epsilon, num_iters, unroll=False):
+    """<P, C>, epsilon in units of the mean cost, a constant; scalings, rows first. The plan is a constant, or not."""
     n, m = cost.shape
-    kernel = torch.exp(-cost.detach() / (epsilon * cost.detach().mean()))
+    kernel = torch.exp(-(cost if unroll else cost.detach()) / (epsilon * cost.detach().mean()))
     v = torch.ones(m, dtype=cost.dtype)
     for _ in range(num_iters):
         u = (1 / n) / (kernel @ v)

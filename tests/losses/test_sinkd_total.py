@@ -104,7 +104,6 @@ def test_half_precision_compile_and_tokens():
 S, T = logits(6, 4)
 REGRESSION = SinKD(form="regression")
 WRONG = {
-    "no reduction": ((S, T, LABELS), {"transport": SinKD(reduction="none")}, ValueError, "transport"),
     "another loss": ((S, T, LABELS), {"transport": torch.nn.MSELoss()}, TypeError, "transport"),
     "alpha": ((S, T, LABELS), {"alpha": 1.5}, ValueError, "alpha"),
     "beta": ((S, T, LABELS), {"beta": -1.0}, ValueError, "beta"),

@@ -315,6 +315,77 @@ def test_compiles_in_one_graph(training):
         torch.testing.assert_close(got, wanted)
 
 
+def test_rows_left_out_enter_no_bank():
+    """Whatever index they have; and with no row left the banks stay as they were, without a division by 0."""
+    for training in (True, False):
+        module = double_module().train(training)
+        twin = copy.deepcopy(module)
+        (student, teacher), index = batch()
+        mask = torch.tensor([False, True, False, True, True])
+        wrong = torch.where(mask, index, torch.tensor([999, 0, int(index[3]), 0, 0]))
+        student[0], teacher[2] = float("nan"), float("inf")
+        leaf = student.clone().requires_grad_()
+        value = module(leaf, teacher, wrong, mask)
+        value.backward()
+        assert value.isfinite() and leaf.grad.isfinite().all() and not leaf.grad[~mask].any()
+        twin(student[mask], teacher[mask], index[mask])
+        for name in ("bank_student", "bank_teacher"):
+            assert torch.equal(getattr(module, name).entries, getattr(twin, name).entries)
+        before = module.bank_student.entries.clone()
+        assert module(student, teacher, wrong, mask & False) == 0
+        assert torch.equal(module.bank_student.entries, before)
+    with pytest.raises(ValueError, match=r"index.*\[0, 50\)"):
+        module(student, teacher, wrong, ~mask)
+
+
+def test_only_row_that_counts():
+    """It has no negatives in the batch: an error where the mask can be read, else NaN, not a loss of nothing."""
+    module = double_module(num_samples=None, local_weight=0.0).eval()
+    (student, teacher), _ = batch()
+    mask = torch.arange(5) == 2
+    with pytest.raises(ValueError, match="at least two rows"):
+        module(student, teacher, mask=mask)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert compiled(student, teacher, mask=mask).isnan()
+
+
+def test_global_part_row_by_row():
+    """Reduction "none": the row's own pairs; with a mask, negatives are the other rows that count."""
+    module = double_module(num_samples=None, local_weight=0.0, negative_weight=2.0, reduction="none").eval()
+    converge(module.critic)
+    (student, teacher), _ = batch()
+    x, y = F.normalize(module.embed_student(student), dim=-1), F.normalize(module.embed_teacher(teacher), dim=-1)
+    for kept in ([0, 1, 2, 3, 4], [0, 2, 3]):
+        mask = torch.zeros(5, dtype=torch.bool).index_fill(0, torch.tensor(kept), True)
+        expected = torch.zeros(5, dtype=torch.float64)
+        for i in kept:
+            negative = sum(score(module, x[i], y[j]) for j in kept if j != i) / (len(kept) - 1)
+            expected[i] = 0.8 * (2 * negative - score(module, x[i], y[i]))
+        torch.testing.assert_close(module(student, teacher, mask=mask), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["sinkhorn", "ipot"])
+@pytest.mark.parametrize("gradient", ["detach", "unroll"])
+def test_local_part_row_by_row(solver, gradient):
+    x, y = torch.randn(5, 4).double(), torch.randn(7, 4).double()
+    options = {"solver": solver, "gradient": gradient, "num_iters": 20}
+    rows = wcord_local(x, y, reduction="none", **options)
+    cost = cosine_cost(x, y)
+    if solver == "ipot":
+        plan = ipot_by_scalings(cost, *(torch.full((n,), 1 / n, dtype=x.dtype) for n in (5, 7)), num_iters=20)
+    else:
+        kernel, v = torch.exp(-cost / 0.1), torch.ones(7, dtype=x.dtype)
+        for _ in range(20):
+            u = (1 / 5) / (kernel @ v)
+            v = (1 / 7) / (kernel.T @ u)
+        plan = u[:, None] * kernel * v
+    torch.testing.assert_close(rows, 5 * (plan * cost).sum(1), rtol=1e-9, atol=0.0)
+    got = value_and_gradients(lambda p, q: wcord_local(p, q, reduction="none", **options).mean(), x, y)
+    wanted = value_and_gradients(lambda p, q: wcord_local(p, q, **options), x, y)
+    for actual, expected in zip(got, wanted, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-14)
+
+
 def test_own_critic():
     class Dot(torch.nn.Module):
         def forward(self, x, y):
@@ -332,6 +403,26 @@ def test_wcord_global():
     positive, negative = torch.randn(5), torch.randn(5, 7)
     value = wcord_global(positive, negative, negative_weight=3.0)
     torch.testing.assert_close(value, 3 * negative.mean() - positive.mean())
+    any_shape = wcord_global(positive, negative.flatten(), negative_weight=3.0)
+    torch.testing.assert_close(any_shape, value)
+    rows = 3 * negative.mean(1) - positive
+    mask = torch.tensor([True, False, True, True, False])
+    negative[1] = float("nan")
+    options = {"mask": mask, "negative_weight": 3.0}
+    expected = torch.where(mask, rows, 0)
+    torch.testing.assert_close(wcord_global(positive, negative, reduction="none", **options), expected)
+    for reduction, divisor in (("mean", 3), ("sum", 1), ("batchmean", 5)):
+        value = wcord_global(positive, negative, reduction=reduction, **options)
+        torch.testing.assert_close(value, rows[mask].sum() / divisor)
+    torch.testing.assert_close(wcord_global(positive, negative, mask, 12, negative_weight=3.0), rows[mask].sum() / 12)
+    assert wcord_global(positive.half(), negative.half(), mask).dtype == torch.float32
+    for given in ({"reduction": "none"}, {"mask": mask}, {"num_items_in_batch": 3}):
+        with pytest.raises(ValueError, match=r"negative: expected shape \(\*\(5,\), K\)"):
+            wcord_global(positive, negative.flatten(), **given)
+    with pytest.raises(TypeError, match="positive"):
+        wcord_global([1.0], negative)
+    with pytest.raises(ValueError, match="negative: expected at least one"):
+        wcord_global(positive, negative[:, :0])
 
 
 def test_no_rows():

@@ -102,14 +102,98 @@ def test_full_covariance_equals_the_formula(shape, grid, generator):
     assert relative_error(gradient, expected_gradient) < 1e-9
 
 
-def test_full_covariance_of_positions_and_of_low_rank(generator):
+def test_full_covariance_of_positions(generator):
     student, teacher = (torch.randn(2, 40, 3, 2, generator=generator, dtype=torch.float64) for _ in range(2))
-    value = wkd_feature(student, teacher, covariance="full", statistics="position", ratio=2.0)
-    torch.testing.assert_close(value, full_rows(student, teacher, 2.0, 1, True).mean(), rtol=1e-9, atol=0.0)
-    # 6 observations of 40 channels: of rank 5; the roots of the oracle have a rounding error of 1e-8
-    value, gradient = value_and_gradient(WKDFeature(covariance="full", ratio=2.0), student, teacher)
-    torch.testing.assert_close(value, full_rows(student, teacher, 2.0, 1).mean(), rtol=1e-6, atol=0.0)
-    assert gradient.isfinite().all()
+    loss = WKDFeature(covariance="full", statistics="position", ratio=2.0)
+    value, gradient = value_and_gradient(loss, student, teacher)
+    expected, expected_gradient = value_and_gradient(full_rows, student, teacher, ratio=2.0, grid=1, position=True)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=0.0)
+    assert relative_error(gradient, expected_gradient) < 1e-9
+
+
+# A root of a singular matrix turns a rounding error of 1e-16 into 1e-8. With fewer observations than channels the
+# printed formula is therefore followed in 60 digits, and in float64 by way of the factors: S = X X^T of X (C, n), and
+# tr (S_t^(1/2) S_s S_t^(1/2))^(1/2) is the sum of the singular values of X_t^T X_s, of which none is squared.
+
+
+def bures_in_60_digits(student, teacher):
+    """tr S_s + tr S_t - 2 tr (S_t^(1/2) S_s S_t^(1/2))^(1/2) as printed, of mpmath matrices (C, n)."""
+    import mpmath
+
+    def covariance(x):
+        centred = x.copy()
+        for i in range(x.rows):
+            mean = sum(x[i, k] for k in range(x.cols)) / x.cols
+            for k in range(x.cols):
+                centred[i, k] -= mean
+        return centred * centred.T / (x.cols - 1)
+
+    def root(matrix):
+        values, vectors = mpmath.eigsy((matrix + matrix.T) / 2)
+        return vectors * mpmath.diag([mpmath.sqrt(max(v, 0)) for v in values]) * vectors.T
+
+    cov_s, cov_t = covariance(student), covariance(teacher)
+    half = root(cov_t)
+    cross = root(half * cov_s * half)
+    return sum(cov_s[i, i] + cov_t[i, i] - 2 * cross[i, i] for i in range(student.rows))
+
+
+def test_full_covariance_of_low_rank_in_60_digits(generator):
+    """4 observations of 7 channels: rank 3. The gradient is a central difference in 60 digits."""
+    mpmath = pytest.importorskip("mpmath")
+    student, teacher = (torch.randn(1, 7, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    value, gradient = value_and_gradient(WKDFeature(covariance="full", ratio=0.0), student, teacher)
+    with mpmath.workdps(60):
+        s, t = (mpmath.matrix(x[0].tolist()) for x in (student, teacher))
+        assert abs(value.item() / bures_in_60_digits(s, t) - 1) < 1e-9
+        step = mpmath.mpf(10) ** -15
+        for i, k in ((0, 0), (3, 2), (6, 3)):
+            values = []
+            for sign in (1, -1):
+                moved = s.copy()
+                moved[i, k] += sign * step
+                values.append(bures_in_60_digits(moved, t))
+            slope = (values[0] - values[1]) / (2 * step)
+            assert abs(gradient[0, i, k].item() - slope) < 1e-9 * gradient.abs().max().item()
+
+
+def low_rank_rows(student, teacher, ratio, grid):
+    """full_rows by the factors; a basis of the vectors that sum to 0 takes the place of the centred observations."""
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        total = 0.0
+        for i in range(grid):
+            for j in range(grid):
+                factors, means = [], []
+                for x in (s, t):
+                    rows, columns = cases.windows(x.shape[1], grid)[i], cases.windows(x.shape[2], grid)[j]
+                    cell = x[:, rows, columns].flatten(1)
+                    n = cell.shape[1]
+                    ones = torch.ones(n, 1, dtype=x.dtype)
+                    basis = torch.linalg.qr(torch.cat([ones, torch.eye(n, dtype=x.dtype)[:, 1:]], 1)).Q[:, 1:]
+                    factors.append(cell @ basis / (n - 1) ** 0.5)  # (C, n - 1)
+                    means.append(cell.mean(1))
+                trace = factors[0].square().sum() + factors[1].square().sum()
+                bures = trace - 2 * torch.linalg.svdvals(factors[1].T @ factors[0]).sum()
+                total = total + ratio * (means[0] - means[1]).square().sum() + bures
+        values.append(total / grid**2)
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid"), [((2, 256, 8, 8), 1), ((2, 128, 8, 8), 4), ((1, 512, 7, 7), 4), ((3, 5, 2, 3), 1)]
+)
+def test_full_covariance_at_the_published_shapes(shape, grid, generator):
+    """49 or 64 positions (4 to 9 in a window) of 128 to 512 channels."""
+    student, teacher = (torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    if shape[2] == 2:  # full rank, where both oracles are exact
+        torch.testing.assert_close(
+            low_rank_rows(student, teacher, 2.0, 1), full_rows(student, teacher, 2.0, 1), rtol=1e-12, atol=0.0
+        )
+    value, gradient = value_and_gradient(WKDFeature(covariance="full", ratio=2.0, grid=grid), student, teacher)
+    expected, expected_gradient = value_and_gradient(low_rank_rows, student, teacher, ratio=2.0, grid=grid)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=0.0)
+    assert relative_error(gradient, expected_gradient) < 1e-9
 
 
 def test_diagonal_and_full_agree_for_one_channel(generator):

@@ -207,6 +207,14 @@ WRONG = {
 }
 
 
+def test_costs_that_are_no_numbers():
+    """Seen when the module is made; a call of the function does not scan its cost."""
+    cost = 1 - torch.eye(3)
+    for value, variant in ((torch.nan, "released"), (torch.inf, "released"), (torch.nan, "paper")):
+        with pytest.raises(ValueError, match="cost: expected .*numbers"):
+            WKDLogit(cost=cost.masked_fill(cost == 0, value), variant=variant)
+
+
 @pytest.mark.parametrize("case", list(WRONG))
 def test_wrong_input(case):
     arguments, options, error, message = WRONG[case]

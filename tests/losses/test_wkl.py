@@ -96,7 +96,7 @@ def test_diagnostics():
     log.update(student[:5], teacher[:5], labels[:5], 0.8)
     mask = torch.ones(ROWS - 5, dtype=torch.bool)
     mask[2] = False
-    log.update(student[5:].requires_grad_(), teacher[5:], labels[5:], torch.tensor(0.8), mask)
+    log.update(student[5:].requires_grad_(), teacher[5:], labels[5:], torch.tensor(0.8, dtype=torch.float64), mask)
     student.detach_()
     kept = torch.arange(ROWS) != 7
     s, t, y = student[kept], teacher[kept], labels[kept]
@@ -117,12 +117,49 @@ def test_diagnostics():
     assert list(actual) == list(expected)
     for name, value in expected.items():
         assert not actual[name].requires_grad
-        torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=0.0)  # the tensor 0.8 is float32
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=0.0)
     log.reset()
     log.update(student[:0], teacher[:0], labels[:0], 0.8)
     assert log.compute()["dwkd"].item() == 0.0
     with pytest.raises(TypeError, match="loss"):
         WKLDiagnostics(torch.nn.Identity())
+
+
+def test_logged_gradients():
+    """Of the logits of a model, at the teacher's first class and at its next five, by sorting row by row."""
+    student, teacher, labels = cases.sample(ROWS, CLASSES)
+    loss = WKL(cost=DISTANCE, kappa=1.0)
+    log = WKLDiagnostics(loss)
+    mask = torch.arange(ROWS - 5) != 1
+    expected = []
+    for part, kept in ((slice(0, 5), None), (slice(5, ROWS), mask)):
+        logits = student[part].clone().requires_grad_()
+        outputs = 1.5 * logits
+        log.watch(outputs, teacher[part], kept)
+        (outputs.sum() * 0 + loss(outputs, teacher[part], labels[part], 0.8, kept)).backward()
+        for k, row in enumerate(teacher[part]):
+            order = sorted(range(CLASSES), key=lambda c, row=row: -row[c].item())
+            if kept is None or kept[k]:
+                gradient = logits.grad[k] / 1.5
+                expected.append((gradient[order[0]], gradient[order[1:6]].mean()))
+    actual = log.compute()
+    for name, values in zip(("gradient_top", "gradient_next"), zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(actual[name], torch.stack(values).mean(), rtol=1e-9, atol=0.0)
+        assert actual[name] != 0
+    log.reset()
+    assert "gradient_top" not in log.compute()
+    three = student[:, :3].clone().requires_grad_()
+    log.watch(three, teacher[:, :3])  # fewer than six classes
+    three.sum().backward()
+    assert log.compute()["gradient_next"].item() == 1.0
+    for arguments, message in (
+        ((student, teacher), "student_logits: expected a tensor that requires"),
+        ((three, teacher), "teacher_logits"),
+        ((three, teacher[:, :3], mask), "mask"),
+        ((three[:, :1], teacher[:, :1]), "at least two classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            log.watch(*arguments)
 
 
 S, T, Y = cases.sample(4, 3, dtype=torch.float32)

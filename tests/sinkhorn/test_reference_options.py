@@ -80,7 +80,7 @@ def test_relaxation_step_by_step(penalty, relaxation, generator):
             omega = 1.0
         if relaxation == "auto" and k == 11:
             ratio = min(float(errors[-1] / errors[-2]), 0.9999)
-            omega = min(2 / (1 + math.sqrt(1 - ratio)), 1.95)
+            omega = min(round(2048 / (1 + math.sqrt(1 - ratio))) / 1024, 1.95)
         if relaxation == "auto" and k in (21, 31) and errors[-1] > errors[-11]:
             omega = 1.0
         f = (1 - omega) * f + omega * epsilon * (a.log() - power * ((g - cost) / epsilon).logsumexp(-1))

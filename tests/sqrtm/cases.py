@@ -9,7 +9,7 @@ ALGORITHMS = ("auto", "eigh", "polar")
 
 # (backend, algorithm): those that keep the accuracy contract
 RUNS = [(backend, algorithm) for backend in backends("sqrtm") for algorithm in ALGORITHMS]
-RUNS += [(backend, "jacobi") for backend in backends("sqrtm", compiled_only=True)]
+RUNS += [(b, algorithm) for b in backends("sqrtm", compiled_only=True) for algorithm in ("jacobi", "tridiagonal")]
 
 
 def condition(name, d):

@@ -4,9 +4,16 @@
 
 namespace otkd_fast {
 
-// Whether all masses are >= 0, all totals positive and finite, and those of a (batch, n) and b (batch, m) equal to within
-// `tolerance`, relative; one of the two may be null: totals of 1. Contiguous.
+// (batch, size), rows `stride` apart; null: a total of 1 for each.
 template <class T>
-bool masses_right(const T* a, const T* b, int64_t batch, int64_t n, int64_t m, double tolerance);
+struct Masses {
+    const T* data;
+    int64_t size, stride;
+};
+
+// Whether all masses are >= 0, all totals positive and finite, and those of a and b equal to within `tolerance`, relative; one
+// of the two may be null.
+template <class T>
+bool masses_right(const Masses<T>& a, const Masses<T>& b, int64_t batch, double tolerance);
 
 }  // namespace otkd_fast

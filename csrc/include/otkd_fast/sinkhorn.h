@@ -45,14 +45,14 @@ struct SinkhornArgs {
 
 // History of one problem, in doubles: how it was solved (Method), the iterations that ran, then slots of n row and m column
 // scalings. They are floats (and take half of the place) with scaling_float, logarithms with log. One slot for Keep::last,
-// num_iters for Keep::all, but one where problems are solved together: their backward runs the loop again; two for
+// num_iters for Keep::all, but none where problems are solved together: their backward runs the loop again; two for
 // Keep::last_step: before the last iteration (the columns count) and after it.
 enum class Method : int { scaling_float = 0, scaling_double = 1, log = 2 };
 constexpr int64_t kHistoryHeader = 2;
 
 template <class T>
 int64_t history_stride(const SinkhornArgs<T>& args) {
-    const int64_t slots[] = {0, 1, args.together ? 1 : args.num_iters, 2};
+    const int64_t slots[] = {0, 1, args.together ? 0 : args.num_iters, 2};
     return kHistoryHeader + slots[static_cast<int>(args.keep)] * (args.n + args.m);
 }
 

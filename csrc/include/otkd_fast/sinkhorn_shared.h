@@ -21,6 +21,7 @@ struct SinkhornSharedArgs {
     Method method;              // scaling_float or scaling_double
     Keep keep;
     double epsilon, tol, relaxation, penalty_a, penalty_b;
+    double guard_a, guard_b;    // u = a / (K v + guard_a), v = b / (K^T u + guard_b); not 0 only in plain iterations
     int threads;
     T* blocks;                  // history of problems that are solved all together in the type of T; see below
     double* apart;              // history of the others, null where there are none

@@ -4,7 +4,7 @@
 
 namespace otkd_fast {
 
-enum class SqrtmAlgorithm : int { jacobi = 0, polar = 1 };
+enum class SqrtmAlgorithm : int { jacobi = 0, polar = 1, tridiagonal = 2 };
 
 template <class T>
 struct SqrtmArgs {
@@ -25,10 +25,11 @@ struct SqrtmArgs {
 
 enum class Definiteness : int { definite = 0, semidefinite = 1, indefinite = 2 };
 
-// Elements of aux a matrix. jacobi: eigenvectors in rows, then the square roots of their eigenvalues. polar: an upper bound of the
+// Elements of aux a matrix. jacobi: eigenvectors in rows, then the square roots of their eigenvalues. tridiagonal: the same, with a minus
+// where the eigenvalue is at the level of rounding, and infinity in the first root where the matrix was left unsolved. polar: an upper bound of the
 // largest eigenvalue of A^(1/2) and a lower bound of the smallest, 0 where A is not definite.
 inline int64_t sqrtm_aux_size(SqrtmAlgorithm algorithm, int64_t d) {
-    return algorithm == SqrtmAlgorithm::jacobi ? (d + 1) * d : 2;
+    return algorithm == SqrtmAlgorithm::polar ? 2 : (d + 1) * d;
 }
 
 #define OTKD_FAST_DECLARE_SQRTM(ISA)                                        \

@@ -1,6 +1,5 @@
-// The matrix kernels: polar factors, square roots and their adjoint, Gaussian distances from samples, moments.
-#pragma once
-#include "otkd_fast/dispatch.h"
+// The matrix kernels: polar factors, square roots and their adjoint, Gaussian distances from samples.
+#include "exercise.h"
 
 // Symmetric (batch, d, d) of rank `rank`, as products of rows.
 template <class T>
@@ -90,41 +89,13 @@ void gaussian_samples(const Shape& s, int threads) {
 }
 
 template <class T>
-void feature_moments(int64_t outer, int64_t rows, int64_t columns, int64_t inner, int64_t grid, int threads) {
-    FeatureMomentsArgs<T> args{};
-    args.outer = outer;
-    args.inner = inner;
-    const int64_t size[kMomentAxes] = {1, rows, columns}, counts[kMomentAxes] = {1, grid, grid};
-    for (int axis = 0; axis < kMomentAxes; ++axis) {
-        args.size[axis] = size[axis];
-        args.grid[axis] = counts[axis];
-    }
-    args.eps = 1e-3;
-    args.threads = threads;
-    std::vector<T> x = uniform<T>(outer * args.positions() * inner), grad_x(x.size());
-    std::vector<T> mean(outer * args.cells() * inner), std_(mean.size());
-    Workspace workspace(feature_moments_workspace_bytes(args));
-    args.workspace = static_cast<unsigned char*>(workspace.memory);
-    args.x = x.data();
-    args.mean = mean.data();
-    args.std = std_.data();
-    kernels().of<T>().feature_moments_fwd(args);
-    check_finite(mean, "mean");
-    check_finite(std_, "std");
-    args.grad_mean = mean.data();
-    args.grad_std = std_.data();
-    args.grad_x = grad_x.data();
-    kernels().of<T>().feature_moments_bwd(args);
-    check_finite(grad_x, "moments grad_x");
-}
-
-template <class T>
-void exercise_matrices(int threads) {
+void exercise(int threads) {
     for (int64_t batch : {1, 3, 20}) {
         polar<T>(batch, 7, 5, threads);
         polar<T>(batch, 5, 33, threads);
-        polar<T>(batch, 49, 49, threads);
+        if (batch < 20) polar<T>(batch, 49, 49, threads);
         for (int64_t d : {1, 5, 17, 50}) {
+            if (batch == 20 && d == 50) continue;
             for (int64_t rank : {d + 3, (d + 1) / 2}) {
                 for (bool inverse : {false, true}) {
                     if (d <= 17) sqrtm<T>(batch, d, rank, inverse, SqrtmAlgorithm::jacobi, threads);
@@ -134,12 +105,14 @@ void exercise_matrices(int threads) {
         }
     }
     // one row, few rows, more rows than features, small problems side by side, large ones
-    const std::vector<Shape> shapes{{1, 1, 1, 1},    {2, 1, 4, 3},    {3, 9, 7, 2},   {20, 16, 15, 37},
-                                    {3, 49, 33, 70}, {3, 90, 70, 40}, {20, 30, 20, 5}};
-    for (const Shape& shape : shapes) gaussian_samples<T>(shape, threads);
-    for (int64_t inner : {1, 3, 40}) {
-        feature_moments<T>(1, 1, 1, inner, 1, threads);
-        feature_moments<T>(37, 7, 9, inner, 4, threads);
-        feature_moments<T>(2, 100, 70, inner, 1, threads);
+    for (const Shape& shape : std::vector<Shape>{{1, 1, 1, 1}, {2, 1, 4, 3}, {3, 9, 7, 2}, {20, 16, 15, 37}, {2, 49, 33, 70}, {2, 90, 70, 40}, {20, 30, 20, 5}}) {
+        gaussian_samples<T>(shape, threads);
     }
+}
+
+int main(int count, char** names) {
+    return each_set(count, names, [](int threads) {
+        exercise<float>(threads);
+        exercise<double>(threads);
+    });
 }
