@@ -1,11 +1,13 @@
 """csrc/cuda/sinkhorn_ragged.cu and cost_matrix_ragged.cu on the emulator, against the reference in float64."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import otkd_fast
+from otkd_fast import _dispatch
 from otkd_fast.functional._sinkhorn_options import COVERED, OUTPUTS
 from otkd_fast.ops import sinkhorn_ragged
 from otkd_fast.testing import assert_close, random_problem
@@ -126,6 +128,18 @@ def test_offsets_that_do_not_fit(wrong, update_a_first, guarded, generator):
 def test_the_implicit_gradient_is_the_references_on_cuda(emulated, generator):
     with pytest.raises(NotImplementedError, match="sinkhorn_ragged_bwd: no implicit gradient on CUDA"):
         check([(3, 4)], nullcontext(), generator, gradient="implicit")
+
+
+def test_explain_says_what_is_left_to_the_reference(monkeypatch):
+    tensor = SimpleNamespace(device=torch.device("cuda"))
+    for op in ("sinkhorn_ragged", "sqrtm", "polar"):
+        monkeypatch.setitem(_dispatch._CHOICES, (op, "cuda", "cuda"), "cuda")
+    with otkd_fast.backend("cuda"):
+        assert "with gradient='implicit': 'reference' runs" in otkd_fast.explain("sinkhorn_ragged", tensor)
+        assert "beyond 32 x 32" in otkd_fast.explain("sqrtm", tensor)
+        assert "in one launch up to 160 x 160" in otkd_fast.explain("polar", tensor)
+        asked = _dispatch.resolve("sinkhorn_ragged", tensor.device, None, "gradient='implicit'")
+    assert asked == "reference"
 
 
 def check_costs(sizes, d, metric, dtype, guard, generator):
