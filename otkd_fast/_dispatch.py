@@ -75,6 +75,7 @@ WITHOUT = {
     ("sinkhorn", "gradient='implicit'"): ("cuda",),
     ("sinkhorn_shared", "gradient='implicit'"): ("cuda",),
     ("sinkhorn_shared", "guards"): ("cuda", "triton"),
+    ("sinkhorn_ragged", "gradient='implicit'"): ("cuda",),
 }
 
 # where the kernels of a backend leave a part of a case to the reference, for `explain`
@@ -84,6 +85,17 @@ _LEFT_TO_REFERENCE = {
     ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
     ("sinkhorn_shared", "triton"): "gradient='implicit': its linear solve is the reference's",
     ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
+    ("sqrtm", "cuda"): "matrices beyond 32 x 32 and other algorithms than 'auto' and 'jacobi': as the reference",
+    ("gaussian_wasserstein", "cuda"): "over 160 rows where both samples have more rows than features: as the reference",
+}
+
+# up to which size one launch solves a problem, for `explain`
+_ONE_LAUNCH = {
+    ("sinkhorn", "cuda"): "192 x 192 (float64: 128 x 128); beyond, each half-iteration is a launch",
+    ("sinkhorn_shared", "cuda"): "192 x 192 (float64: 128 x 128); beyond, each half-iteration is a launch",
+    ("sinkhorn_ragged", "cuda"): "128 x 128 with the kernel in registers, beyond in the log domain, a block a problem",
+    ("sinkd", "cuda"): "128 x 128 of rows of 1024; beyond, cost, iterations and gradient are launches of their own",
+    ("polar", "cuda"): "160 x 160 (float64: 112 x 112) where shared memory holds it; beyond, three launches a step",
 }
 
 _VARIABLE = "OTKD_FAST_BACKEND"
@@ -244,6 +256,8 @@ def explain(op: str, *tensors: torch.Tensor) -> str:
         lines = [f"{op} on {device_type} tensors: the call fails, because {error}"]
     if (op, choice) in _LEFT_TO_REFERENCE:
         lines.append(f"  but {_LEFT_TO_REFERENCE[op, choice]}")
+    if (op, choice) in _ONE_LAUNCH:
+        lines.append(f"  in one launch up to {_ONE_LAUNCH[op, choice]}")
     for other in NAMES[1:]:
         if other != choice:
             reason = _reason(op, other, device_type)

@@ -105,8 +105,8 @@ void solve_backward(const Problems& problems, bool shared_cost, int gradient, co
     });
 }
 
-// of rows and of columns
-using Offsets = std::tuple<Address, Address>;
+// of rows and of columns; entries of all costs
+using Offsets = std::tuple<Address, Address, int64_t>;
 
 template <class T>
 SinkhornRaggedArgs<T> ragged_args(const Problems& problems, const Offsets& offsets, int gradient) {
@@ -115,6 +115,7 @@ SinkhornRaggedArgs<T> ragged_args(const Problems& problems, const Offsets& offse
     if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
     args.row_offsets = pointer<int64_t>(std::get<0>(offsets));
     args.column_offsets = pointer<int64_t>(std::get<1>(offsets));
+    args.entries = std::get<2>(offsets);
     return args;
 }
 
@@ -146,20 +147,19 @@ void ragged_transpose(int dtype, Address in, Address out, const Offsets& offsets
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         cuda::transpose_ragged(pointer<T>(in), pointer<T>(out), pointer<int64_t>(std::get<0>(offsets)),
-                               pointer<int64_t>(std::get<1>(offsets)), problems, target_of(place));
+                               pointer<int64_t>(std::get<1>(offsets)), problems, std::get<2>(offsets), target_of(place));
     });
 }
 
-// x, y, cost, workspace; problems, rows, columns, d, entries; metric
-using Points = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t, int>;
+// x, y, cost, workspace; problems, rows, columns, d; metric
+using Points = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, int>;
 
 template <class T>
 CostMatrixRaggedArgs<T> points_args(const Points& points, const Offsets& offsets) {
     CostMatrixRaggedArgs<T> args{};
     Address x, y, cost, workspace;
-    int64_t entries;
     int metric;
-    std::tie(x, y, cost, workspace, args.batch, args.n, args.m, args.d, entries, metric) = points;
+    std::tie(x, y, cost, workspace, args.batch, args.n, args.m, args.d, metric) = points;
     args.x = pointer<T>(x);
     args.y = pointer<T>(y);
     args.cost = pointer<T>(cost);
@@ -170,15 +170,15 @@ CostMatrixRaggedArgs<T> points_args(const Points& points, const Offsets& offsets
     return args;
 }
 
-int64_t points_workspace(int dtype, const Points& points) {
+int64_t points_workspace(int dtype, const Points& points, int64_t entries) {
     return with_type(dtype, [&](auto type) {
-        return cuda::cost_matrix_ragged_workspace_bytes(points_args<decltype(type)>(points, {}), std::get<8>(points));
+        return cuda::cost_matrix_ragged_workspace_bytes(points_args<decltype(type)>(points, {}), entries);
     });
 }
 
 void points_forward(int dtype, const Points& points, const Offsets& offsets, const Place& place) {
     with_type(dtype, [&](auto type) {
-        cuda::cost_matrix_ragged_fwd(points_args<decltype(type)>(points, offsets), std::get<8>(points), target_of(place));
+        cuda::cost_matrix_ragged_fwd(points_args<decltype(type)>(points, offsets), std::get<2>(offsets), target_of(place));
     });
 }
 
@@ -191,7 +191,7 @@ void points_backward(int dtype, const Points& points, const Offsets& offsets, co
         args.grad_cost = pointer<T>(std::get<0>(grads));
         args.grad_x = pointer<T>(std::get<1>(grads));
         args.grad_y = pointer<T>(std::get<2>(grads));
-        cuda::cost_matrix_ragged_bwd(args, std::get<8>(points), target_of(place));
+        cuda::cost_matrix_ragged_bwd(args, std::get<2>(offsets), target_of(place));
     });
 }
 

@@ -16,19 +16,23 @@ template <class T>
 struct PackedPlan {
     Plan<T> plan;  // of one problem with all rows
     const int64_t *row_offsets, *column_offsets;
+    int64_t entries;
     int parts;
 };
 
-OTKD_DEVICE Window window_of(const int64_t* row_offsets, const int64_t* column_offsets, int64_t k) {
-    const Packed place(row_offsets, column_offsets, k);
-    const int64_t start = entries_before(row_offsets, column_offsets, k, reinterpret_cast<int64_t*>(shared_memory()));
+// Empty where the offsets do not fit the tensors.
+template <class T>
+OTKD_DEVICE Window window_of(const PackedPlan<T>& all, int64_t k) {
+    const Packed place(all.row_offsets, all.column_offsets, k);
+    const int64_t start = entries_before(all.row_offsets, all.column_offsets, k, reinterpret_cast<int64_t*>(shared_memory()));
+    if (!place.inside(all.plan.args.n, all.plan.args.m, start, all.entries)) return {0, 0, 0, 0, 0};
     return {place.r0, place.r1, place.c0, place.c1, start};
 }
 
 template <class T, bool kL1>
 OTKD_KERNEL(kThreads, 2) cost_packed(OTKD_CONSTANT PackedPlan<T> all) {
     const uint32_t parts = all.parts, block = block_id();
-    const Window window = window_of(all.row_offsets, all.column_offsets, block / parts);
+    const Window window = window_of(all, block / parts);
     const int64_t columns = (window.c1 - window.c0 + kTile - 1) / kTile, tiles = columns * ((window.r1 - window.r0 + kTile - 1) / kTile);
     for (int64_t tile = block % parts; tile < tiles; tile += parts) {
         const int64_t i0 = window.r0 + tile / columns * kTile, j0 = window.c0 + tile % columns * kTile;
@@ -50,7 +54,7 @@ OTKD_KERNEL(kThreads, 2) cost_packed(OTKD_CONSTANT PackedPlan<T> all) {
 template <class T, bool kL1>
 OTKD_KERNEL(kThreads, 2) gradient_packed(OTKD_CONSTANT PackedPlan<T> all, bool of_y) {
     const uint32_t parts = all.parts, block = block_id();
-    const Window window = window_of(all.row_offsets, all.column_offsets, block / parts);
+    const Window window = window_of(all, block / parts);
     const int64_t begin = of_y ? window.c0 : window.r0, rows = of_y ? window.c1 - window.c0 : window.r1 - window.r0;
     const int64_t depths = (all.plan.args.d + kGradDepth - 1) / kGradDepth, tiles = depths * ((rows + kGradRows - 1) / kGradRows);
     for (int64_t tile = block % parts; tile < tiles; tile += parts) {
@@ -73,7 +77,7 @@ template <class T>
 OTKD_KERNEL(kRowThreads) rows_backward_packed(OTKD_CONSTANT PackedPlan<T> all, int64_t problems) {
     const int64_t row = block_id(), n = all.plan.args.n;
     const int64_t k = row < n ? problem_of(all.row_offsets, problems, row) : problem_of(all.column_offsets, problems, row - n);
-    row_backward(all.plan, window_of(all.row_offsets, all.column_offsets, k), 0, row, reinterpret_cast<double*>(shared_memory()));
+    row_backward(all.plan, window_of(all, k), 0, row, reinterpret_cast<double*>(shared_memory()));
 }
 
 template <class T>
@@ -83,6 +87,7 @@ int64_t make_packed(const CostMatrixRaggedArgs<T>& args, int64_t entries, Packed
     const int64_t problems = larger<int64_t>(args.batch, 1);
     all.row_offsets = args.row_offsets;
     all.column_offsets = args.column_offsets;
+    all.entries = entries;
     all.parts = static_cast<int>(smaller(1 + ceil_div(entries, problems * kTile * kTile), kMostParts));
     return make_plan(one, all.plan, false);
 }

@@ -13,6 +13,13 @@ struct Packed {
         : r0(row_offsets[k]), r1(row_offsets[k + 1]), c0(column_offsets[k]), c1(column_offsets[k + 1]) {}
     OTKD_DEVICE int64_t rows() const { return r1 - r0; }
     OTKD_DEVICE int64_t columns() const { return c1 - c0; }
+    // Whether the offsets, which nobody has read on the host, stay inside tensors of these sizes.
+    OTKD_DEVICE bool inside(int64_t n, int64_t m) const {
+        return 0 <= r0 && r0 <= r1 && r1 <= n && 0 <= c0 && c0 <= c1 && c1 <= m;
+    }
+    OTKD_DEVICE bool inside(int64_t n, int64_t m, int64_t before, int64_t entries) const {
+        return inside(n, m) && 0 <= before && before <= entries && rows() * columns() <= entries - before;
+    }
 };
 
 // Entries of the matrices before that of problem k, by the whole block. `scratch` holds 32 values.

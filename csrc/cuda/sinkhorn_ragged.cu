@@ -3,7 +3,7 @@
 // A block solves a problem, as sinkhorn.cu does those of one size. The host does not know the sizes: each kernel is launched for all problems,
 // and a block leaves at once where the problem is not one of its own: n <= 64, m <= 32 on 8 warps, n, m <= 128 on 16 (double: 8), both with the kernel
 // in registers; larger ones in the log domain, one exponential an entry and half-iteration (backward: in double). Sizes and places are computed by the
-// block, which then has its problem as a batch of one, in shared memory.
+// block, which then has its problem as a batch of one, in shared memory. A problem whose offsets do not fit the tensors gets NaN.
 #include "otkd_fast/cuda.h"
 
 #include "ragged.h"
@@ -30,11 +30,17 @@ OTKD_DEVICE S* moved(S* pointer, int64_t by) {
     return pointer ? pointer + by : pointer;
 }
 
-// The problem of this block as a batch of one. All threads; the result is in shared memory.
+// The problem of this block as a batch of one, in shared memory; null, and NaN as values, where its offsets do not fit. All threads.
 template <class T>
-OTKD_DEVICE const Batch<T>& own_batch(const PackedBatch<T>& all, const Packed& place) {
+OTKD_DEVICE const Batch<T>* own_batch(const PackedBatch<T>& all, const Packed& place) {
     const int64_t k = block_id();
     const int64_t before = entries_before(all.args.row_offsets, all.args.column_offsets, k, reinterpret_cast<int64_t*>(shared_memory()));
+    if (!place.inside(all.args.n, all.args.m, before, all.args.entries)) {
+        for (T* value : {all.args.transport_cost, all.args.regularized_cost, all.args.marginal_error}) {
+            if (value && thread_id() == 0) value[k] = static_cast<T>(kNaN);
+        }
+        return nullptr;
+    }
     Batch<T>& own = *reinterpret_cast<Batch<T>*>(shared_memory() + all.solver_bytes);
     if (thread_id() == 0) {
         SinkhornArgs<T> one = all.args;
@@ -64,7 +70,7 @@ OTKD_DEVICE const Batch<T>& own_batch(const PackedBatch<T>& all, const Packed& p
         own = {one, 0, kHistoryHeader + all.kept * (one.n + one.m), 0, all.steps};
     }
     barrier();
-    return own;
+    return &own;
 }
 
 // Nothing can be served where there are no rows or no columns.
@@ -104,31 +110,33 @@ OTKD_DEVICE bool holds(int64_t n, int64_t m) {
 }
 // Whether a problem is one of those of tile S.
 template <class T, class S>
-OTKD_DEVICE bool belongs(const Packed& place) {
+OTKD_DEVICE bool belongs(const PackedBatch<T>& all, const Packed& place) {
     const int64_t n = place.rows(), m = place.columns();
-    if (n == 0 || m == 0 || !holds<S>(n, m)) return false;
+    if (!place.inside(all.args.n, all.args.m) || n == 0 || m == 0 || !holds<S>(n, m)) return false;
     return std::is_same_v<S, Narrow> || !holds<Narrow>(n, m);
 }
 
 template <class T, class S>
 OTKD_KERNEL(S::kThreads, 1) solve_packed(OTKD_CONSTANT PackedBatch<T> all) {
     const Packed place(all.args.row_offsets, all.args.column_offsets, block_id());
-    if (!belongs<T, S>(place)) return;
-    const Batch<T>& own = own_batch(all, place);
-    const Problem<T> p(own, 0);
+    if (!belongs<T, S>(all, place)) return;
+    const Batch<T>* own = own_batch(all, place);
+    if (!own) return;
+    const Problem<T> p(*own, 0);
     if (TileForward<T, S::kGroups, S::kRows, S::kColumns>::solve(p)) return;
     barrier();
-    log_solve(own, 0, p.cost, reinterpret_cast<double*>(shared_memory()));
+    log_solve(*own, 0, p.cost, reinterpret_cast<double*>(shared_memory()));
 }
 
 template <class T, class S>
 OTKD_KERNEL(S::kThreads, 1) differentiate_packed(OTKD_CONSTANT PackedBatch<T> all) {
     const Packed place(all.args.row_offsets, all.args.column_offsets, block_id());
-    if (!belongs<T, S>(place)) return;
-    const Batch<T>& own = own_batch(all, place);
-    const Problem<T> p(own, 0);
+    if (!belongs<T, S>(all, place)) return;
+    const Batch<T>* own = own_batch(all, place);
+    if (!own) return;
+    const Problem<T> p(*own, 0);
     if (p.history()[0] == static_cast<int>(Method::log)) {
-        log_backward(own, 0, p.cost, p.grad_cost, reinterpret_cast<double*>(shared_memory()));
+        log_backward(*own, 0, p.cost, p.grad_cost, reinterpret_cast<double*>(shared_memory()));
         return;
     }
     TileBackward<T, S::kGroups, S::kRows, S::kColumns>(p).run();
@@ -138,8 +146,10 @@ OTKD_KERNEL(S::kThreads, 1) differentiate_packed(OTKD_CONSTANT PackedBatch<T> al
 template <class T>
 OTKD_KERNEL(kLargeThreads, 1) solve_packed_large(OTKD_CONSTANT PackedBatch<T> all) {
     const Packed place(all.args.row_offsets, all.args.column_offsets, block_id());
-    if (belongs<T, Narrow>(place) || belongs<T, Middle<T>>(place)) return;
-    const Problem<T> p(own_batch(all, place), 0);
+    if (belongs<T, Narrow>(all, place) || belongs<T, Middle<T>>(all, place)) return;
+    const Batch<T>* own = own_batch(all, place);
+    if (!own) return;
+    const Problem<T> p(*own, 0);
     double* shared = reinterpret_cast<double*>(shared_memory());
     if (p.n == 0 || p.m == 0) return solve_empty(p, false, shared);
     log_range_rows(p, Part{0, 1});
@@ -155,20 +165,22 @@ OTKD_KERNEL(kLargeThreads, 1) solve_packed_large(OTKD_CONSTANT PackedBatch<T> al
 template <class T>
 OTKD_KERNEL(kLargeThreads, 1) differentiate_packed_large(OTKD_CONSTANT PackedBatch<T> all) {
     const Packed place(all.args.row_offsets, all.args.column_offsets, block_id());
-    if (belongs<T, Narrow>(place) || belongs<T, Middle<T>>(place)) return;
-    const Batch<T>& own = own_batch(all, place);
-    const Problem<T> p(own, 0);
+    if (belongs<T, Narrow>(all, place) || belongs<T, Middle<T>>(all, place)) return;
+    const Batch<T>* own = own_batch(all, place);
+    if (!own) return;
+    const Problem<T> p(*own, 0);
     double* shared = reinterpret_cast<double*>(shared_memory());
     if (p.n == 0 || p.m == 0) return solve_empty(p, true, shared);
-    log_backward(own, 0, p.cost, p.grad_cost, shared);
+    log_backward(*own, 0, p.cost, p.grad_cost, shared);
 }
 
 // out: the matrices (n_k, m_k) of `in`, each as (m_k, n_k).
 template <class T>
-OTKD_KERNEL(kTransposeThreads) transpose_packed(const T* in, T* out, const int64_t* row_offsets, const int64_t* column_offsets) {
+OTKD_KERNEL(kTransposeThreads) transpose_packed(const T* in, T* out, const int64_t* row_offsets, const int64_t* column_offsets, int64_t entries) {
     const Packed place(row_offsets, column_offsets, block_id());
     const int64_t start = entries_before(row_offsets, column_offsets, block_id(), reinterpret_cast<int64_t*>(shared_memory()));
     const int64_t n = place.rows(), m = place.columns();
+    if (!place.inside(place.r1, place.c1, start, entries)) return;
     for (int64_t e = thread_id(); e < n * m; e += kTransposeThreads) out[start + e] = in[start + e % n * m + e / n];
 }
 
@@ -222,17 +234,18 @@ void sinkhorn_ragged_bwd(const SinkhornRaggedArgs<T>& args, const Target& target
 }
 
 template <class T>
-void transpose_ragged(const T* in, T* out, const int64_t* row_offsets, const int64_t* column_offsets, int64_t problems, const Target& target) {
+void transpose_ragged(const T* in, T* out, const int64_t* row_offsets, const int64_t* column_offsets, int64_t problems, int64_t entries,
+                      const Target& target) {
     const DeviceGuard guard(target);
     launch("transpose_packed", transpose_packed<T>, problems, kTransposeThreads, 32 * int64_t{sizeof(int64_t)}, target, in, out, row_offsets,
-           column_offsets);
+           column_offsets, entries);
 }
 
 #define OTKD_INSTANTIATE(T)                                                                     \
     template int64_t sinkhorn_ragged_workspace_bytes(const SinkhornRaggedArgs<T>&, bool);          \
     template void sinkhorn_ragged_fwd(const SinkhornRaggedArgs<T>&, const Target&);                \
     template void sinkhorn_ragged_bwd(const SinkhornRaggedArgs<T>&, const Target&);                \
-    template void transpose_ragged(const T*, T*, const int64_t*, const int64_t*, int64_t, const Target&);
+    template void transpose_ragged(const T*, T*, const int64_t*, const int64_t*, int64_t, int64_t, const Target&);
 OTKD_INSTANTIATE(float)
 OTKD_INSTANTIATE(double)
 #undef OTKD_INSTANTIATE

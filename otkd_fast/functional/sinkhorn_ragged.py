@@ -106,6 +106,8 @@ def sinkhorn_ragged(
         points, cost = points and tuple(x.float() for x in points), cost if points else cost.float()
     check_path(options, gradient, *(points or (cost,)), a, b)
     initial = check_initial_potentials(initial_potentials, (), rows, columns, a)
+    asks = "gradient='implicit'" if gradient == "implicit" else None
+    solver = resolve("sinkhorn_ragged", operand.device, backend, asks)
     backend = resolve("sinkhorn_ragged", operand.device, backend)
     if points and backend == "reference":
         cost = reference.cost_matrix_ragged(*points, **offsets, metric=metric)
@@ -114,8 +116,8 @@ def sinkhorn_ragged(
         cost = compiled.costs(backend, *points, row_offsets, column_offsets, entries, metric)
 
     def solve(cost, a, b, f, g, options, gradient):
-        if backend != "reference" and not (backend == "cuda" and gradient == "implicit"):  # no linear solve there
-            return compiled.solve(backend, cost, a, b, f, g, row_offsets, column_offsets, options, gradient)
+        if solver != "reference":
+            return compiled.solve(solver, cost, a, b, f, g, row_offsets, column_offsets, options, gradient)
         keywords = {"gradient": gradient, "initial_potentials": (f, g), **offsets, **options.for_reference()}
         return reference.sinkhorn_ragged(cost, a, b, **keywords)
 

@@ -71,7 +71,7 @@ class _Call:
     def _run(self, function: str, *arguments) -> None:
         getattr(native, function)(*arguments)
 
-    def _addresses(self) -> tuple[int, int]:
+    def _addresses(self) -> tuple[int, ...]:
         return self.offsets[0].data_ptr(), self.offsets[1].data_ptr()
 
     def rows_first(self, cost: Tensor) -> Tensor:
@@ -96,11 +96,14 @@ class _Call:
 
 
 class _DeviceCall(_Call):
-    """The same for the CUDA half, which trusts the offsets: they lie on the device."""
+    """The same for the CUDA half. Offsets lie on the device: a problem whose offsets do not fit gets NaN as values."""
 
     def __init__(self, cost, *rest) -> None:
         self.like = cost
         super().__init__(cost, *rest)
+
+    def _addresses(self) -> tuple[int, ...]:
+        return *super()._addresses(), self.like.shape[0]
 
     def _check(self, *sizes: int) -> None:
         pass
@@ -231,9 +234,9 @@ def _cost_fwd_cuda(
 
 def _on_device(function: str, x: Tensor, y: Tensor, cost: Tensor, offsets: list[Tensor], metric: str, *grads: Tensor):
     """Call the CUDA half on packed points; `grads` are the gradients of cost, x and y, which may be empty."""
-    code, addresses = _library.dtype_code(x), tuple(map(address, offsets))
-    sizes = (offsets[0].shape[0] - 1, x.shape[0], y.shape[0], x.shape[1], cost.shape[0], METRICS[metric])
-    needed = _library.cuda.cost_matrix_ragged_workspace(code, (0, 0, 0, 0, *sizes))
+    code, addresses = _library.dtype_code(x), (*map(address, offsets), cost.shape[0])
+    sizes = (offsets[0].shape[0] - 1, x.shape[0], y.shape[0], x.shape[1], METRICS[metric])
+    needed = _library.cuda.cost_matrix_ragged_workspace(code, (0, 0, 0, 0, *sizes), cost.shape[0])
     scratch = _library.cuda_workspace(x, needed)
     points = (address(x), address(y), address(cost), address(scratch), *sizes)
     given = (tuple(map(address, grads)),) if grads else ()

@@ -260,6 +260,7 @@ void packed(Metric metric, Gradient gradient, double epsilon) {
     args.gradient = gradient;
     args.row_offsets = row_offsets.get();
     args.column_offsets = column_offsets.get();
+    args.entries = entries;
     SinkhornArgs<T> size = args;
     Buffer<double> history(problems * kHistoryHeader + history_stride(size) - kHistoryHeader);
     args.history = history.get();
@@ -281,7 +282,7 @@ void packed(Metric metric, Gradient gradient, double epsilon) {
     points.grad_y = grad_y.get();
     cuda::cost_matrix_ragged_bwd(points, entries, kTarget);
     for (Buffer<T>* result : {&cost, &transport, &grad_cost, &grad_a, &grad_b, &grad_x, &grad_y}) result->expect_finite("packed");
-    cuda::transpose_ragged(cost.get(), grad_cost.get(), row_offsets.get(), column_offsets.get(), problems, kTarget);
+    cuda::transpose_ragged(cost.get(), grad_cost.get(), row_offsets.get(), column_offsets.get(), problems, entries, kTarget);
 }
 
 template <class T>

@@ -1,12 +1,15 @@
 """csrc/cuda/sinkhorn_ragged.cu and cost_matrix_ragged.cu on the emulator, against the reference in float64."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import otkd_fast
+from otkd_fast import _dispatch
 from otkd_fast.functional._sinkhorn_options import COVERED, OUTPUTS
+from otkd_fast.ops import sinkhorn_ragged
 from otkd_fast.testing import assert_close, random_problem
 
 # of each tile, beyond them, without rows or columns or both
@@ -107,9 +110,36 @@ def test_the_order_of_threads_does_not_matter(guarded, emulated, generator):
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.parametrize("wrong", [[0, 9, 4, 9], [0, 3, 70, 9], [0, -2, 4, 9]], ids=str)
+@pytest.mark.parametrize("update_a_first", [True, False])
+def test_offsets_that_do_not_fit(wrong, update_a_first, guarded, generator):
+    """Nothing is read or written beside the tensors; the problems with wrong offsets are NaN."""
+    sizes = [(3, 2), (1, 4), (5, 3)]
+    problems = problems_of(sizes, generator, F32)
+    cost, a, b = (torch.cat([p[k].reshape(-1) for p in problems]) for k in range(3))
+    columns = offsets_of(sizes)[1]
+    with guarded:
+        arguments = (cost, a, b, None, None, torch.tensor(wrong), columns)
+        outputs = sinkhorn_ragged._fwd_cuda(*arguments, 0.2, 3, 0.0, 1.0, torch.inf, torch.inf, update_a_first, 0)
+    bad = [k for k in range(3) if not 0 <= wrong[k] <= wrong[k + 1] <= 9]
+    assert outputs[0][bad].isnan().all() and outputs[1][bad].isnan().all()
+
+
 def test_the_implicit_gradient_is_the_references_on_cuda(emulated, generator):
     with pytest.raises(NotImplementedError, match="sinkhorn_ragged_bwd: no implicit gradient on CUDA"):
         check([(3, 4)], nullcontext(), generator, gradient="implicit")
+
+
+def test_explain_says_what_is_left_to_the_reference(monkeypatch):
+    tensor = SimpleNamespace(device=torch.device("cuda"))
+    for op in ("sinkhorn_ragged", "sqrtm", "polar"):
+        monkeypatch.setitem(_dispatch._CHOICES, (op, "cuda", "cuda"), "cuda")
+    with otkd_fast.backend("cuda"):
+        assert "with gradient='implicit': 'reference' runs" in otkd_fast.explain("sinkhorn_ragged", tensor)
+        assert "beyond 32 x 32" in otkd_fast.explain("sqrtm", tensor)
+        assert "in one launch up to 160 x 160" in otkd_fast.explain("polar", tensor)
+        asked = _dispatch.resolve("sinkhorn_ragged", tensor.device, None, "gradient='implicit'")
+    assert asked == "reference"
 
 
 def check_costs(sizes, d, metric, dtype, guard, generator):

@@ -48,7 +48,7 @@ template <class T>
 void sinkhorn_ragged_bwd(const SinkhornRaggedArgs<T>& args, const Target& target);
 template <class T>
 void transpose_ragged(const T* in, T* out, const int64_t* row_offsets, const int64_t* column_offsets, int64_t problems,
-                      const Target& target);
+                      int64_t entries, const Target& target);
 
 template <class T>
 int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args, const Target& target);

@@ -73,6 +73,7 @@ template <class T>
 struct SinkhornRaggedArgs : SinkhornArgs<T> {
     const int64_t* row_offsets;     // (batch + 1,)
     const int64_t* column_offsets;  // (batch + 1,)
+    int64_t entries;                // of all costs; on a device, which checks the offsets itself
 };
 
 #define OTKD_FAST_DECLARE_SINKHORN(ISA)                                           \
