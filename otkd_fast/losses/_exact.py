@@ -11,6 +11,7 @@ NOT_FINITE = (
     "infinite or NaN"
 )
 
+
 @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo now
 def exact_plan(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The optimal plan of one problem as its non-zero entries; waits for the device and solves in float64.

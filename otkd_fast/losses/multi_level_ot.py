@@ -135,9 +135,7 @@ class MultiLevelOT(Loss):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self._options = _options(
-            top_k, temperature, kl_weight, sequence_weight, epsilon, num_iters, reduction, backend
-        )
+        self._options = _options(top_k, temperature, kl_weight, sequence_weight, epsilon, num_iters, reduction, backend)
 
     def forward(
         self,

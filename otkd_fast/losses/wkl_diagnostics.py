@@ -121,9 +121,7 @@ class WKLDiagnostics:
         check_mask(mask, student_logits.shape[:-1], student_logits, "student_logits")
         classes = student_logits.shape[-1]
         if classes < 2:
-            raise ValueError(
-                f"student_logits: expected at least two classes, got shape {tuple(student_logits.shape)}"
-            )
+            raise ValueError(f"student_logits: expected at least two classes, got shape {tuple(student_logits.shape)}")
         if not student_logits.requires_grad:
             raise ValueError("student_logits: expected a tensor that requires a gradient, got one that does not")
         with torch.no_grad():
@@ -142,4 +140,3 @@ class WKLDiagnostics:
                 self._gradient_count = self._gradient_count + number if before else number
 
         student_logits.register_hook(log)
-

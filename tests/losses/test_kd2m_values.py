@@ -143,6 +143,7 @@ def test_full_covariance_by_class(num_classes):
     options = {"metric": "cw2_gaussian", "covariance": "full", "num_classes": num_classes}
     torch.testing.assert_close(kd2m(student, teacher, labels, **options), total / (num_classes or 4), rtol=1e-9, atol=0)
     value, gradients = value_and_gradient(lambda x, y: kd2m(x, y, labels, **options), student, teacher)
+
     def formula(x, y):
         terms = cases.by_class(cases.gaussian_w2_full, x[:39], y[:39], labels[:39])
         return (sum(terms) + (x[39] - y[39]).square().sum()) / (num_classes or 4)
