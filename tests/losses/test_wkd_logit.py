@@ -11,7 +11,7 @@ import otkd_fast
 from otkd_fast.losses import WKDLogit, cosine_decay, stage_share, wkd_logit
 from otkd_fast.testing import tolerance
 
-VARIANTS = [("released", None), *(("paper", backend) for backend in BACKENDS)]
+VARIANTS = [(variant, backend) for variant in ("released", "paper") for backend in BACKENDS]
 every_variant = pytest.mark.parametrize(("variant", "backend"), VARIANTS)
 
 

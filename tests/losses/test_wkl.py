@@ -14,7 +14,7 @@ MODES = ["dwkd_dkd", "kl", "dkd", "wkd", "dwkd", "wkd_kl"]
 PROGRESS = [1 / 240, 0.5, 150 / 240, 200 / 240, 1.0]
 ROWS, CLASSES = 8, 50
 DISTANCE = cases.distances(CLASSES)
-VARIANTS = [("released", None), *(("paper", backend) for backend in BACKENDS)]
+VARIANTS = [(variant, backend) for variant in ("released", "paper") for backend in BACKENDS]
 every_variant = pytest.mark.parametrize(("variant", "backend"), VARIANTS)
 
 
