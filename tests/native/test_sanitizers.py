@@ -1,7 +1,7 @@
 """The CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer, without Python in the process.
 
-A test a family of kernels, for every instruction set: the compiler takes most of the time, so that what a family does not
-call is left out of its program, and an object that two families need is compiled once.
+A test a family of kernels, for every instruction set: the compiler takes most of the time, so that what a family does
+not call is left out of its program, and an object that two families need is compiled once.
 """
 
 import platform
