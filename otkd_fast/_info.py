@@ -192,6 +192,7 @@ def _cases() -> Iterator[tuple[str, str, Callable, Callable]]:
 
     def moments(x: Tensor, backend: str) -> Tensor:
         return torch.stack(otkd_fast.feature_moments(x, dim=(1, 2), grid=2, unbiased=True, eps=1e-3, backend=backend))
+
     def ragged(x: Tensor, y: Tensor, backend: str) -> Tensor:
         rows, columns = (
             torch.tensor(offsets, device=x.device) for offsets in ([0, 3, 7, 11, 14, 66], [0, 4, 6, 9, 12, 42])

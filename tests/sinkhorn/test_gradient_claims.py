@@ -1,5 +1,5 @@
-"""Each gradient mode against finite differences of exactly what it claims to differentiate: for dense costs, for a cost
-shared by a batch of marginals, and for points, by every operand at once.
+"""Each gradient mode against finite differences of exactly what it claims to differentiate: for dense costs, few and
+many small ones, for a cost shared by a batch of marginals, and for points, by every operand at once.
 """
 
 from functools import partial
@@ -14,13 +14,15 @@ from otkd_fast.testing import backends, random_problem, random_rows
 N, M, EPSILON, ITERS, CONVERGED = 4, 5, 0.5, 3, 200
 KINDS = {"dense": "sinkhorn", "shared": "sinkhorn_shared", "points": "sinkhorn_points"}
 CASES = [(kind, backend) for kind, op in KINDS.items() for backend in backends(op)]
+CASES += [("many", backend) for backend in backends("sinkhorn") if backend == "cpu"]  # kernels of their own
+BATCHES = {"shared": 6, "many": 5}  # shared: more than the few that the dense solver takes over
 STEP = 1e-5
 QUICK = "cpu" if "cpu" in backends("sinkhorn_points") else "reference"  # its values are tested against the reference's
 
 
 def problem(kind, generator):
     """Operands: (cost, logits, logits), or (x, y, logits, logits)."""
-    batch = 6 if kind == "shared" else 2  # shared: more than the few that the dense solver takes over
+    batch = BATCHES.get(kind, 2)
     logits = [torch.randn(batch, size, generator=generator, dtype=torch.float64) for size in (N, M)]
     if kind == "points":
         return [random_rows(batch, size, 3, generator=generator) for size in (N, M)] + logits

@@ -69,10 +69,41 @@ def check(problem, gradient, generator, **options):
 def test_sizes(gradient, dtype, generator):
     iterations = 60 if gradient == "implicit" else 6
     for k, (n, m, batch) in enumerate(SIZES):
-        # forbidden pairs may leave no plan with these marginals, and then there is no fixed point to differentiate
+        # forbidden pairs may leave no plan with these marginals: see the next test
         infinite = k % 3 == 0 and gradient != "implicit"
         problem = problems(n, m, batch, generator, (4.0,), dtype, zeros=k % 2 == 0, infinite=infinite)
         check(problem, gradient, generator, num_iters=iterations, update_first="ab"[k % 2])
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+@pytest.mark.parametrize("num_iters", [60, 300])
+def test_implicit_gradient_where_no_plan_has_these_marginals(num_iters, batch, generator):
+    """The pairs that still get mass fall apart into components. The cost's gradient is determined, that of the masses
+    up to a constant in each component: by every change that leaves a component's rows as much as its columns.
+    """
+    cost = 0.4 * torch.rand(batch, 3, 3, generator=generator, dtype=F64)
+    cost[:, :2, 1:] = torch.inf  # rows 0 and 1, mass 0.8, have column 0 alone, mass 0.3
+    masses = (torch.tensor(w, dtype=F64).expand(batch, 3) for w in ((0.5, 0.3, 0.2), (0.3, 0.4, 0.3)))
+    problem = (cost, *masses)
+    weights = {
+        name: torch.ones((), dtype=F64) if k < 2 else torch.zeros((), dtype=F64) for k, name in enumerate(OUTPUTS)
+    }
+    result, actual = solved(problem, weights, "implicit", "cpu", num_iters=num_iters)
+    _, expected = solved(problem, weights, "implicit", "reference", num_iters=num_iters)
+    assert (result.marginal_error > 0.5).all()
+    assert all(grad.isfinite().all() for grad in actual)
+    assert_close(actual[0], expected[0], "sinkhorn", "gradient", scale=1.0)
+    for direction_a, direction_b in (
+        ((1, -1, 0), (0, 0, 0)), ((0, 0, 0), (0, 1, -1)), ((1, 0, 0), (1, 0, 0)), ((0, 0, 1), (0, 1, 0)),
+    ):  # fmt: skip
+        along = [
+            sum(
+                (grad * torch.tensor(d, dtype=F64)).sum(-1)
+                for grad, d in zip(grads[1:], (direction_a, direction_b), strict=True)
+            )
+            for grads in (actual, expected)
+        ]
+        assert_close(*along, "sinkhorn", "gradient", scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
