@@ -22,8 +22,9 @@ JACOBI_LIMIT = 24
 # sizes up to which eigenvectors in double are worth while, in batches that fill the lanes of two threads or so
 TRIDIAGONAL_LIMIT, TRIDIAGONAL_BATCH = 128, 32
 CUDA_LIMIT = 32
-# sizes of matrices that products in lanes serve faster than rotations do
-ALONE, ALONE_BATCH = range(12, JACOBI_LIMIT + 1), 8
+# without a gradient, sizes that products serve faster than eigenvectors: with a matrix in each lane of a vector, and
+# large ones
+ALONE, ALONE_BATCH, ALONE_LARGE = range(7, JACOBI_LIMIT + 1), 8, 40
 
 
 def chosen(algorithm: str, A: Tensor) -> str:
@@ -47,9 +48,10 @@ def chosen_on_cuda(algorithm: str, d: int) -> str:
 
 def chosen_alone(algorithm: str, A: Tensor) -> str:
     """What 'auto' means where no gradient follows: products, without the eigenvectors, where they are faster."""
-    if algorithm == "auto" and A.dtype == torch.float32 and A.shape[-1] in ALONE:
-        return "polar" if _library.product(A.shape[:-2]) >= ALONE_BATCH else algorithm
-    return algorithm
+    if algorithm != "auto" or A.dtype != torch.float32:
+        return algorithm
+    side_by_side = A.shape[-1] in ALONE and _library.product(A.shape[:-2]) >= ALONE_BATCH
+    return "polar" if side_by_side or A.shape[-1] > ALONE_LARGE else algorithm
 
 
 def _aux(A: Tensor, algorithm: str) -> Tensor:

@@ -67,3 +67,19 @@ def test_released_kd2m_formula(generator):
     expected = (x.mean(0) - y.mean(0)).square().sum() + (x.std(0, correction=0) - y.std(0, correction=0)).square().sum()
     moments = [*otkd_fast.feature_moments(x, dim=0), *otkd_fast.feature_moments(y, dim=0)]
     torch.testing.assert_close(otkd_fast.gaussian_wasserstein_diagonal(*moments), expected)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_ott(backend, generator):
+    """Right for well-conditioned covariances; its Bures cost stops after ten iterations, so it is no oracle beyond."""
+    costs, jax = pytest.importorskip("ott.geometry.costs"), pytest.importorskip("jax")
+    d, errors = 8, []
+    for name in ("two clusters", "identity"):
+        A, B = (covariance(kind, d, generator=generator).float() for kind in (name, "identity"))
+        mean = torch.zeros(d)
+        points = [costs.mean_and_cov_to_x(mean.numpy(), cov.numpy(), d) for cov in (A, B)]
+        theirs = float(jax.device_get(costs.Bures(d)(*points)))
+        ours = float(otkd_fast.gaussian_wasserstein(mean, A, mean, B, backend=backend))
+        assert abs(ours - float(bures(A, B))) <= 1e-6 * float(A.trace() + B.trace())
+        errors.append(abs(theirs - ours) / float(A.trace() + B.trace()))
+    assert errors[1] < 1e-5 < errors[0]

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 import otkd_fast
-from otkd_fast.ops.sqrtm import ALONE, JACOBI_LIMIT, TRIDIAGONAL_BATCH, TRIDIAGONAL_LIMIT, chosen, chosen_alone
+from otkd_fast.ops.sqrtm import (
+    ALONE,
+    ALONE_LARGE,
+    JACOBI_LIMIT,
+    TRIDIAGONAL_BATCH,
+    TRIDIAGONAL_LIMIT,
+    chosen,
+    chosen_alone,
+)
 from otkd_fast.testing import assert_norm_close, backends, covariance, root_tolerance, tolerance
 
 from .cases import condition, lyapunov, root
@@ -27,10 +35,12 @@ def test_what_auto_means():
         return chosen("auto", A), chosen_alone("auto", A)
 
     many = TRIDIAGONAL_BATCH
-    assert of(8, many) == ("jacobi", "auto") and of(ALONE[0], many) == ("jacobi", "polar")
-    assert of(JACOBI_LIMIT + 1, many) == ("tridiagonal", "auto") == of(TRIDIAGONAL_LIMIT, many)
-    for other in ((TRIDIAGONAL_LIMIT + 1, many), (TRIDIAGONAL_LIMIT, many - 1), (40, many, torch.float64)):
-        assert of(*other) == ("polar", "auto")
+    assert of(ALONE[0] - 1, many) == ("jacobi", "auto") and of(ALONE[0], many) == ("jacobi", "polar")
+    assert of(ALONE[0], 1) == ("jacobi", "auto") == of(ALONE[0], many, torch.float64)
+    assert of(JACOBI_LIMIT + 1, many) == ("tridiagonal", "auto") == of(ALONE_LARGE, many)
+    assert of(ALONE_LARGE + 1, many) == ("tridiagonal", "polar") == of(TRIDIAGONAL_LIMIT, many)
+    assert of(TRIDIAGONAL_LIMIT + 1, many) == ("polar", "polar") == of(TRIDIAGONAL_LIMIT, many - 1)
+    assert of(40, many, torch.float64) == ("polar", "auto")
     assert chosen("eigh", torch.empty(3, 3)) == "eigh" == chosen_alone("eigh", torch.empty(40, 16, 16))
 
 

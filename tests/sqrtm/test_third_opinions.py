@@ -29,3 +29,14 @@ def test_pot(backend, generator):
     # POT's gradient is not symmetric where the incoming one is not
     theirs, ours = (torch.autograd.grad(S, A, G + G.mT)[0] for S in answers)
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", backends("sqrtm"))
+def test_ott(backend, generator):
+    """`pip install otkd_fast[ott]`: its coupled iteration, run until it has converged."""
+    root = pytest.importorskip("ott.math.matrix_square_root").sqrtm
+    jax = pytest.importorskip("jax")
+    for d in (3, 12):
+        A = covariance("geometric 1e2", d, generator=generator).float()
+        theirs = torch.from_numpy(jax.device_get(root(A.numpy(), threshold=1e-6)[0]).copy())
+        torch.testing.assert_close(otkd_fast.sqrtm(A, backend=backend), theirs, rtol=1e-4, atol=1e-5)
