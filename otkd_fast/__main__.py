@@ -19,8 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _cost_matrix_command.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m otkd_fast",
-        description="What is installed, what each operator can run on, and a one-second test of every compiled backend\n"
-        "against the reference. Exit code 1 if that test fails.",
+        description="What is installed, what each operator can run on, and a one-second test of every compiled\n"
+        "backend against the reference. Exit code 1 if that test fails.",
         epilog="Commands:\n"
         "  python -m otkd_fast               this report and self-test\n"
         "  python -m otkd_fast --json        the same for programs\n"
