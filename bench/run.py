@@ -80,21 +80,23 @@ COMPILED_AT = {
     "training_step": ("convolutions 64x100, WKD-F",),
 }
 LEFT_OUT = "compiled at other sizes; --full measures it here too"
+LATE = "the run was late (--minutes), and compilation takes ten seconds"
 PACKAGES = ("otkd_fast", "torch", "numpy", "pot", "geomloss", "ott-jax", "jax", "pykeops", "scipy")
 SLOW_GUESS = 5.0  # seconds of a case that no record knows
 
 
 def measure_case(
-    family: Family, size: str, seconds: float, names: set[str] | None = None, min_rounds: int = 5, full: bool = False
-) -> dict:
+    family: Family, size: str, seconds: float, names: set[str] | None = None, min_rounds: int = 5, full: bool = False,
+    late: bool = False,
+) -> dict:  # fmt: skip
     """One line of the family's table; `names` chooses among the peers (otkd_fast is always there)."""
     start = time.monotonic()
     chosen = tuple(p for p in family.peers_of(size) if names is None or p.name in names | {"otkd_fast"})
-    here = full or names is not None or size in COMPILED_AT.get(family.op, (size,))
+    here = not late and (full or names is not None or size in COMPILED_AT.get(family.op, (size,)))
     left_out = {p.name for p in chosen if p.name.endswith("-compiled") and not here}
     run = tuple(p for p in chosen if p.name not in left_out)
     results = measure(family.problem(size), run, size, seconds, min_rounds)
-    results |= {name: {"skipped": LEFT_OUT} for name in left_out}
+    results |= {name: {"skipped": LATE if late else LEFT_OUT} for name in left_out}
     taken = time.monotonic() - start
     return {
         "op": family.op, "size": size, "parameters": family.parameters, "created": now(), "took_s": round(taken, 1),
@@ -181,6 +183,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-memory", action="store_true", help="leave out the measurements of peak memory")
     add("--no-scaling", action="store_true", help="leave out how the time grows with n, B, d and T")
     add("--merge", action="store_true", help="keep the rest of what the file already holds")
+    add("--minutes", type=float, default=7.5, help="after these the rest is timed shortly, and nothing is compiled")
     add("--full", action="store_true", help="torch.compile at every size: some five minutes more")
     add("--quick", action="store_true", help="first size of each family, short times, nothing compiled: a trial")
     options = parser.parse_args(arguments)
@@ -284,7 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
     measured = []
     for family, size in pairs:
         progress.step(f"{family.op} {size}")
-        measured.append(measure_case(family, size, seconds, names, rounds, options.full))
+        late = time.monotonic() - progress.start > 60 * options.minutes and not options.full
+        share = 0.3 if late else 1.0
+        measured.append(measure_case(family, size, share * seconds, names, rounds, options.full, late))
         progress.print(line_of(measured[-1]))
     rows = []
     if memory_names:
