@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = memory.measure_all(options.threads, memory_names)
     growth = {"rates": {}, "sweeps": []}
     if sweeps:
-        progress.step("rates of copy, product and exponential")
+        progress.step("rates of copy and product")
         growth["rates"] = scaling.rates(2 * seconds)
     for sweep in sweeps:
         progress.step(f"{sweep.kernel}, by {sweep.variable}")
