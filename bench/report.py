@@ -174,7 +174,7 @@ def scaling_markdown(report: dict) -> str:
     lines = [f"{report['dtype']}, {on}. Exponents of the time: of the operation count; fitted to the last points."]
     if rate:
         lines[0] += (
-            f" The floor: the larger of compulsory bytes at {rate['copy_bytes_per_s'] / 1e9:.0f} GB/s and multiply-adds "
+            f" The floor is the larger of bytes at {rate['copy_bytes_per_s'] / 1e9:.0f} GB/s and multiply-adds "
             f"at {rate['multiply_adds_per_s'] / 1e9:.0f} G/s, the fastest copy and product of that run; an exponential "
             "counts as 6 multiply-adds, a subtraction beside a multiply-add as nothing."
         )
