@@ -1,1 +1,1 @@
-"""Benchmarks: pytest-benchmark suites (bench/test_*.py), `python -m bench.run` and `python -m bench.report`."""
+"""Benchmarks: `python -m bench --help`, and pytest-benchmark suites (bench/test_*.py)."""

@@ -19,7 +19,7 @@ class Peer:
     """One way of computing a case. `build(size)` returns a function of the two inputs, or raises ImportError.
 
     same_answer: False if it solves a neighbouring problem (`note` says which). Its result in float32 is then checked
-        against its own in float64, or that of `oracle(size)`, the same formula without compilation.
+        against its own in float64, or that of `oracle(size)`, another way to compute the same.
     sizes: where it is measured; None is everywhere.
     max_errors: relative errors of value and gradient that are accepted of it, where its method has larger ones (`note`
         says why); None: those of everybody.

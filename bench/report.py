@@ -174,9 +174,9 @@ def scaling_markdown(report: dict) -> str:
     lines = [f"{report['dtype']}, {on}. Exponents of the time: of the operation count; fitted to the last points."]
     if rate:
         lines[0] += (
-            f" The floor: the largest of compulsory bytes at {rate['copy_bytes_per_s'] / 1e9:.0f} GB/s, multiply-adds "
-            f"at {rate['multiply_adds_per_s'] / 1e9:.0f} G/s and exponentials at "
-            f"{rate['exponentials_per_s'] / 1e9:.1f} G/s, the fastest copy, product and torch.exp measured in that run."
+            f" The floor is the larger of bytes at {rate['copy_bytes_per_s'] / 1e9:.0f} GB/s and multiply-adds "
+            f"at {rate['multiply_adds_per_s'] / 1e9:.0f} G/s, the fastest copy and product of that run; an exponential "
+            "counts as 6 multiply-adds, a subtraction beside a multiply-add as nothing."
         )
     lines += ["", "| kernel | variable | from ... to | operations | measured | ms at the end | times the floor |"]
     lines += ["|---|---|---|---|---|---|---|"]

@@ -69,21 +69,35 @@ FAMILIES = (
     gaussian.COVARIANCES,
     gaussian.MOMENTS,
 )
-# Boolean indexing breaks their graph, so that compilation changes nothing, and a call takes seconds.
-COMPILED_IN_VAIN = {("sinkhorn_shared", "1000"), ("wkd_logit", "256x1000")}
-IN_VAIN = "seconds a call, and boolean indexing breaks the graph: the eager form's time"
+# Where torch.compile is measured by default, in families of several sizes: it compiles for ten seconds each.
+COMPILED_AT = {
+    "sinkd": ("64x100", "1024x1000"),
+    "sinkd_published": ("64x100 T30",),
+    "sinkd_sample": ("64x100",),
+    "sinkhorn": ("10000x4x4", "1024x16x16", "1x500x500"),
+    "sinkhorn_shared": ("100",),
+    "wkd_logit": ("64x100",),
+    "wcord_local": (),
+    "training_step": ("convolutions 64x100, WKD-F",),
+}
+LEFT_OUT = "compiled at other sizes; --full measures it here too"
+LATE = "the run was late (--minutes), and compilation takes ten seconds"
 PACKAGES = ("otkd_fast", "torch", "numpy", "pot", "geomloss", "ott-jax", "jax", "pykeops", "scipy")
 SLOW_GUESS = 5.0  # seconds of a case that no record knows
 
 
-def measure_case(family: Family, size: str, seconds: float, names: set[str] | None = None, min_rounds: int = 5) -> dict:
+def measure_case(
+    family: Family, size: str, seconds: float, names: set[str] | None = None, min_rounds: int = 5, full: bool = False,
+    late: bool = False,
+) -> dict:  # fmt: skip
     """One line of the family's table; `names` chooses among the peers (otkd_fast is always there)."""
     start = time.monotonic()
     chosen = tuple(p for p in family.peers_of(size) if names is None or p.name in names | {"otkd_fast"})
-    in_vain = {p.name for p in chosen if p.name == "released-compiled" and (family.op, size) in COMPILED_IN_VAIN}
-    run = tuple(p for p in chosen if p.name not in in_vain)
+    here = not late and (full or names is not None or size in COMPILED_AT.get(family.op, (size,)))
+    left_out = {p.name for p in chosen if p.name.endswith("-compiled") and not here}
+    run = tuple(p for p in chosen if p.name not in left_out)
     results = measure(family.problem(size), run, size, seconds, min_rounds)
-    results |= {name: {"skipped": IN_VAIN} for name in in_vain}
+    results |= {name: {"skipped": LATE if late else LEFT_OUT} for name in left_out}
     taken = time.monotonic() - start
     return {
         "op": family.op, "size": size, "parameters": family.parameters, "created": now(), "took_s": round(taken, 1),
@@ -160,7 +174,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     ops = [family.op for family in FAMILIES]
     add = parser.add_argument
     add("--out", type=Path, default=RESULTS / "cpu.json", help="JSON file to write (default: %(default)s)")
-    add("--seconds", type=float, default=1.5, help="time for each case after its first calls (default: %(default)s)")
+    add("--seconds", type=float, default=1.0, help="time for each case after its first calls (default: %(default)s)")
     add("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
     add("--ops", nargs="*", default=ops, metavar="OP", help=f"families, or none; default: all of {', '.join(ops)}")
     add("--sizes", nargs="*", metavar="SIZE", help="sizes as the tables write them, without spaces around x")
@@ -170,6 +184,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-memory", action="store_true", help="leave out the measurements of peak memory")
     add("--no-scaling", action="store_true", help="leave out how the time grows with n, B, d and T")
     add("--merge", action="store_true", help="keep the rest of what the file already holds")
+    add("--minutes", type=float, default=7.5, help="after these the rest is timed shortly, and nothing is compiled")
+    add("--full", action="store_true", help="torch.compile at every size: some five minutes more")
     add("--quick", action="store_true", help="first size of each family, short times, nothing compiled: a trial")
     options = parser.parse_args(arguments)
     _check(options, ops)
@@ -272,7 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
     measured = []
     for family, size in pairs:
         progress.step(f"{family.op} {size}")
-        measured.append(measure_case(family, size, seconds, names, rounds))
+        late = time.monotonic() - progress.start > 60 * options.minutes and not options.full
+        share = 0.3 if late else 1.0
+        measured.append(measure_case(family, size, share * seconds, names, rounds, options.full, late))
         progress.print(line_of(measured[-1]))
     rows = []
     if memory_names:
@@ -280,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = memory.measure_all(options.threads, memory_names)
     growth = {"rates": {}, "sweeps": []}
     if sweeps:
-        progress.step("rates of copy, product and exponential")
+        progress.step("rates of copy and product")
         growth["rates"] = scaling.rates(2 * seconds)
     for sweep in sweeps:
         progress.step(f"{sweep.kernel}, by {sweep.variable}")

@@ -131,13 +131,14 @@ ENVELOPE_NOTE = "The envelope rows are the regularised value with its gradient a
 PEERS = (
     Peer("otkd_fast", "otkd_fast", _ours("unroll")),
     Peer("otkd_fast-envelope", "otkd_fast, envelope", _ours("envelope"), False, note=ENVELOPE_NOTE),
-    Peer("log-envelope", "log domain, envelope, torch.compile", _log_compiled, False, oracle=log_loop),
+    Peer("log-envelope", "log domain, envelope, torch.compile", _log_compiled, False, oracle=_ours("envelope"),
+         sizes=SIZES[1:]),
     Peer("scaling", "scaling loop on the stored kernel, PyTorch", scaling_loop),
     Peer("pot", "POT ot.sinkhorn", _pot),
     Peer("pot-sample", "POT ot.solve_sample", _pot_solve_sample, sizes=SIZES[:1]),
     Peer("ott", "OTT-JAX", _ott, note=peers.OTT_NOTE, sizes=SIZES[:1]),
     Peer("keops", "KeOps, log domain, envelope", lambda size: peers.keops_log(epsilon(int(size)), NUM_ITERS), False,
-         oracle=log_loop, sizes=SIZES[:1]),
+         oracle=_ours("envelope"), sizes=SIZES[:1]),
     Peer("flash-sinkhorn", "flash-sinkhorn", peers.flash_sinkhorn, False, sizes=SIZES[-1:]),
 )  # fmt: skip
 

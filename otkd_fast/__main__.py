@@ -19,10 +19,17 @@ def main(arguments: list[str] | None = None) -> int:
         return _cost_matrix_command.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m otkd_fast",
-        description="What is installed, what each operator can run on, and a one-second test of every compiled "
+        description="What is installed, what each operator can run on, and a one-second test of every compiled\n"
         "backend against the reference. Exit code 1 if that test fails.",
-        epilog="Another command: 'python -m otkd_fast cost-matrix --help', the cost between categories for WKD-L.",
+        epilog="Commands:\n"
+        "  python -m otkd_fast               this report and self-test\n"
+        "  python -m otkd_fast --json        the same for programs\n"
+        "  python -m otkd_fast cost-matrix   the cost between categories for WKD-L, file to file; --help says all\n"
+        "In a clone also: python -m bench --help, the benchmarks.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if arguments and not arguments[0].startswith("-"):
+        parser.error(f"expected the command cost-matrix, or none, got {arguments[0]!r}")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(arguments)
     report = _info.report()

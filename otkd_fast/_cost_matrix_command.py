@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     try:
         _check_output(options.output)
         features, labels = _read(options)
-        device = torch.device(options.device)
+        device = _device(options.device)
         cost = wkd_cost(
             features.to(device), None if labels is None else labels.to(device), method=options.method,
             kappa=options.kappa, sigma=options.sigma, classes=options.classes, max_per_class=options.max_per_class,
@@ -84,6 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
     add("-q", "--quiet", action="store_true", help="no progress bar, no summary")
     return parser
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        raise _Unusable(f"--device: expected a device that this torch has, got {name!r} ({error})") from error
+    return device
 
 
 def _check_output(path: Path) -> None:

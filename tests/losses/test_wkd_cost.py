@@ -202,7 +202,8 @@ def test_command_says_what_is_wrong(tmp_path, generator, capsys):
         ((good, "-o", tmp_path / "cost.txt"), "expected an output file"),
         ((good, "-o", tmp_path / "no" / "cost.pt"), "folder of the output file"),
         ((good, "-o", out, "--kappa", "-1"), "kappa"),
-        ((good, "-o", out, "--device", "nowhere"), "device"),
+        ((good, "-o", out, "--device", "nowhere"), "--device: expected a device that this torch has, got 'nowhere'"),
+        *([] if torch.cuda.is_available() else [((good, "-o", out, "--device", "cuda"), "got 'cuda'")]),
     ):
         assert run(*arguments) == 2
         message = capsys.readouterr().err

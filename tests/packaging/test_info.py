@@ -102,3 +102,9 @@ def test_the_report_needs_no_triton(monkeypatch):
     report = _info.report()
     assert report["triton"] is None
     assert "Triton         not installed" in _info.text(report)
+
+
+def test_an_unknown_command_is_named(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["cost"])
+    assert error.value.code == 2 and "expected the command cost-matrix, or none, got 'cost'" in capsys.readouterr().err
