@@ -197,6 +197,8 @@ def aot_cases() -> list[_runtime.AotCase]:
             (solve_ragged, forward, ("initial_f", "initial_g")), (differentiate_ragged, backward, absent),
         ):  # fmt: skip
             for launch in _launches(1000, 1000, dtype, kernel is differentiate_ragged):
+                if dtype == torch.float64 and launch["BN"] != 32:
+                    continue
                 what = f"{launch['BN']} x {launch['BN']}" if launch["CHIP"] else "beyond"
                 name = f"{kernel.__name__.split('_')[0]} {what} {_runtime.SIGNATURE_DTYPES[dtype]}"
                 given = constants | {"FLIPPED": False, "PLAIN": True}
