@@ -15,7 +15,6 @@ from ..reference.polar import SCHEDULES, STEPS
 from ._runtime import SIGNATURE_DTYPES, AotCase, cdiv, empty, jit, power_of_2, tl
 
 LARGEST = 64  # rows and columns of a matrix that one program holds
-WHY = "on 100, ptxas keeps to 128 registers of its own accord and spills 40 bytes"  # 151 would do
 
 
 def tiles(n: int, dtype: torch.dtype) -> dict[str, int]:

@@ -31,6 +31,10 @@ TL_DTYPES = {
 }
 
 
+# on one or two architectures; the registers of a thread are not used up there
+HELD = "ptxas holds itself to 128 registers and spills at most 40 bytes"
+
+
 class AotCase(NamedTuple):
     """A kernel as it is launched: what tests compile for each architecture, without a GPU.
 

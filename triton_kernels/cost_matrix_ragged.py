@@ -1,10 +1,10 @@
 """Costs between packed points of problems of different sizes, (E,), and the points' gradients (`cost_matrix` has the
 formulas and the numerics; float32 and float64).
 
-Forward: a program has 64 entries, finds their problems by bisection of where the costs of each begin, and sums over
-the features in 32 lanes; 2 E d operations. Backward, a side: a program has a point and 128 of its features and runs
-over the points of the other side. What offsets do not cover, or reach without fitting the tensors, is left out: nothing
-is read or written out of bounds.
+Forward: a program has 64 entries (float64: 32), finds their problems by bisection of where the costs of each begin, and
+sums over the features in 32 lanes; 2 E d operations. Backward, a side: a program has a point and 128 of its features
+and runs over the points of the other side. What offsets do not cover, or reach without fitting the tensors, is left
+out: nothing is read or written out of bounds.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from ._cost_matrix_kernels import COSINE_METRIC, L1, L2, METRICS, _along, _cost,
 from ._runtime import SIGNATURE_DTYPES, AotCase, cdiv, empty, jit, on_device, tl
 from .cost_matrix import _Rows
 
-FORWARD = {"BE": 64, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+FORWARD = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 BACKWARD = {"BJ": 8, "BK": 128, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def entries_of(dtype: torch.dtype) -> int:
+    """Entries of a program."""
+    return 32 if dtype == torch.float64 else 64
 
 
 @jit
@@ -148,9 +153,9 @@ def cost_matrix_ragged_fwd(
     with on_device(x):
         offsets = row_offsets.contiguous(), column_offsets.contiguous()
         left, right = _operands(x, y, metric)
-        packed_costs[(cdiv(entries, FORWARD["BE"]),)](
+        packed_costs[(cdiv(entries, entries_of(x.dtype)),)](
             *left, *right, *offsets, starts_of(*offsets), cost, len(row_offsets) - 1, len(x), len(y), entries,
-            x.shape[1], METRIC=METRICS[metric], **FORWARD,
+            x.shape[1], METRIC=METRICS[metric], BE=entries_of(x.dtype), **FORWARD,
         )  # fmt: skip
     return cost
 
@@ -185,7 +190,7 @@ def aot_cases() -> list[AotCase]:
     for metric, dtype in (("l1", torch.float32), ("cosine", torch.float32), ("cosine", torch.float64)):
         kind = f"*{SIGNATURE_DTYPES[dtype]}:16"
         for kernel, launch, extra in (
-            (packed_costs, FORWARD, {}), (packed_gradient, BACKWARD, {"FLIPPED": False}),
+            (packed_costs, FORWARD, {"BE": entries_of(dtype)}), (packed_gradient, BACKWARD, {"FLIPPED": False}),
         ):  # fmt: skip
             tiles = {key: value for key, value in launch.items() if key.isupper()}
             signature = {

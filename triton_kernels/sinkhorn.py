@@ -261,7 +261,6 @@ def aot_cases() -> list[_runtime.AotCase]:
     cases = []
     for n, dtype, keep, quick in (
         (16, torch.float32, 2, True), (64, torch.float32, 2, False), (128, torch.float32, 2, False),
-        (16, torch.float64, 2, False), (64, torch.float64, 2, False),
     ):  # fmt: skip
         launch, what = tile_of(n, n, dtype).launch, f"{n} x {n} {_runtime.SIGNATURE_DTYPES[dtype]}"
         spills = {"may_spill": FULL if n == 128 else "", "quick": quick}
@@ -277,7 +276,7 @@ def aot_cases() -> list[_runtime.AotCase]:
         absent = ("initial_g", "grad_regularized", "grad_f", "grad_g")
         launch = tile_of(n, n, dtype, backward=True).launch
         cases.append(aot.case(f"unroll {what}", differentiate_small, dtype, backward, launch, absent, **spills))
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32,):
         half = {
             "GIVEN": True, "KEPT": True, "BEFORE": False, "RUNNING": False, "RELAXED": False, "AUTO": False,
         }  # fmt: skip

@@ -24,6 +24,7 @@ from .sinkhorn import tile_of
 
 # sides of the tiles of problems on chip; beyond, the kernels would spill
 CLASSES = {torch.float32: (16, 32, 64), torch.float64: (16, 32)}
+WIDE = "the backward in float64: tile, gradient and terms of 32 x 32 doubles in 4 warps; 48 bytes on 120"
 ROWS, COLUMNS, WARPS = 16, 64, 4  # of a tile of a problem that does not fit
 
 
@@ -197,8 +198,11 @@ def aot_cases() -> list[_runtime.AotCase]:
             (solve_ragged, forward, ("initial_f", "initial_g")), (differentiate_ragged, backward, absent),
         ):  # fmt: skip
             for launch in _launches(1000, 1000, dtype, kernel is differentiate_ragged):
+                if dtype == torch.float64 and launch["BN"] != 32:
+                    continue
                 what = f"{launch['BN']} x {launch['BN']}" if launch["CHIP"] else "beyond"
                 name = f"{kernel.__name__.split('_')[0]} {what} {_runtime.SIGNATURE_DTYPES[dtype]}"
                 given = constants | {"FLIPPED": False, "PLAIN": True}
-                cases.append(aot.case(name, kernel, dtype, given, launch, missing))
+                why = WIDE if dtype == torch.float64 and kernel is differentiate_ragged else ""
+                cases.append(aot.case(name, kernel, dtype, given, launch, missing, may_spill=why))
     return cases
