@@ -54,6 +54,7 @@ docs: $(VENV)/.docs ## the documentation as a site in build/docs; warnings are e
 wheel: ## a wheel for others in dist/: make wheel CUDA=cpu, or CUDA=13.0 [ARCHS="80;90"] [PYTHON=python3.12] (docs/wheels.md)
 	@echo '$(CUDA)' | grep -Eqx 'cpu|[0-9]+\.[0-9]+' || { \
 		echo "make wheel: CUDA: expected cpu or a CUDA version such as 13.0, got '$(CUDA)'" >&2; exit 2; }
+	@command -v $(PYTHON) > /dev/null || { echo "make wheel: PYTHON: there is no interpreter $(PYTHON)" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "otkd_fast needs Python 3.10 or newer: make wheel PYTHON=...")'
 	@echo "== tools in build/wheel-tools"
 	@test -x build/wheel-tools/bin/auditwheel || { $(PYTHON) -m venv build/wheel-tools && \
@@ -62,7 +63,9 @@ wheel: ## a wheel for others in dist/: make wheel CUDA=cpu, or CUDA=13.0 [ARCHS=
 	@echo "== building for CUDA: $(CUDA), by $$($(PYTHON) --version)"
 	@OTKD_FAST_CUDA=$(if $(filter cpu,$(CUDA)),off,$(CUDA)) OTKD_FAST_CUDA_ARCHS='$(ARCHS)' \
 		$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps -w build/wheel . > build/wheel.log 2>&1 || { \
-		grep -E -A1 '^ *(OTKD_FAST|otkd_fast)|from versions|error:' build/wheel.log | grep -v subprocess >&2; \
+		grep -E -A1 '^ *(OTKD_FAST|otkd_fast)|error:' build/wheel.log | grep -vE '^(--|[[:space:]]*)$$|subprocess|end of output' >&2; \
+		sed -nE 's/.*requirement nvidia-nvvm==.*from versions: (.*)\).*/make wheel: CUDA: there is no compiler package for $(CUDA); there is \1/p' \
+			build/wheel.log | head -1 >&2; \
 		echo "make wheel: the build for CUDA=$(CUDA) failed; all messages: build/wheel.log" >&2; exit 2; }
 	@PATH="$$PWD/build/wheel-tools/bin:$$PATH" auditwheel repair -w dist build/wheel/*.whl
 	@ls -l dist

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 import otkd_fast
-from otkd_fast.reference.gaussian import wasserstein_from_samples
+from otkd_fast.reference.gaussian import bures, wasserstein_from_samples
 from otkd_fast.reference.moments import feature_moments
+from otkd_fast.testing import covariance
 
 from .family import Family, Function, Peer, Problem
 from .matrix_roots import eigh_root, products_norm
 from .measure import forward_backward
 
 SIZES = ("32x49x512", "100x16x512", "64x196x128")
+COVARIANCE_SIZES = ("256x8", "64x32", "32x64", "16x128", "4x256")
 MOMENT_SIZES = ("64x512x7x7 grid 1", "64x512x7x7 grid 4", "256x2048 batch")
 DEFICIENT_NOTE = (
     "Fewer rows than features: the covariances are singular, and float32 eigenvalues of them carry errors of 1e-3 in "
@@ -101,6 +103,55 @@ def distance_problem(size: str) -> Problem:
     return Problem((student.requires_grad_(), teacher), (value.mean(), grad / len(student)))
 
 
+def bures_by_eigh(A: Tensor, B: Tensor) -> Tensor:
+    """tr A + tr B - 2 tr (B^1/2 A B^1/2)^1/2, both roots by eigh."""
+    root = eigh_root(B)
+    middle = root @ A @ root
+    values = torch.linalg.eigvalsh((middle + middle.mT) / 2)
+    return _trace(A) + _trace(B) - 2 * values.clamp(min=0).sqrt().sum(-1)
+
+
+def bures_by_factors(norm: Function) -> Function:
+    """The nuclear norm of L_A^T L_B for Cholesky factors."""
+
+    def distance(A: Tensor, B: Tensor) -> Tensor:
+        return _trace(A) + _trace(B) - 2 * norm(torch.linalg.cholesky(A).mT @ torch.linalg.cholesky(B))
+
+    return distance
+
+
+def _pot_covariances(size: str) -> Function:
+    import ot
+
+    def loss(A: Tensor, B: Tensor) -> Tensor:
+        zero = torch.zeros(A.shape[-1])
+        pairs = zip(A, B, strict=True)
+        values = [ot.gaussian.bures_wasserstein_distance(zero, zero, *pair).squeeze() ** 2 for pair in pairs]
+        return torch.stack(values).mean()
+
+    return loss
+
+
+ROOTS_NOTE = "Roots of float32 covariances by eigenvalues lose digits of the gradient, which is accepted here."
+ROOTS_ERRORS = (1e-4, 2e-2)
+COVARIANCE_PEERS = (
+    Peer("otkd_fast", "otkd_fast", lambda size: _mean_of(otkd_fast.bures_distance)),
+    Peer("eigh", "eigh, autograd", lambda size: _mean_of(bures_by_eigh), note=ROOTS_NOTE, max_errors=ROOTS_ERRORS),
+    Peer("pot", "POT, one by one", _pot_covariances, note=ROOTS_NOTE, max_errors=ROOTS_ERRORS),
+    Peer("products", "Cholesky, PyTorch products", lambda size: _mean_of(bures_by_factors(products_norm))),
+    Peer("svd", "Cholesky, singular values",
+         lambda size: _mean_of(bures_by_factors(lambda K: torch.linalg.svdvals(K).sum(-1)))),
+)  # fmt: skip
+
+
+def covariance_problem(size: str) -> Problem:
+    batch, d = map(int, size.split("x"))
+    generator = torch.Generator().manual_seed(9)
+    A, B = (covariance(f"geometric {k}", d, generator=generator, batch=(batch,)).float() for k in ("1e4", "1e2"))
+    value, grad, _ = bures(A.double(), B.double(), need_b=False)
+    return Problem((A.requires_grad_(), B), (value.mean(), grad / batch))
+
+
 def _moment_call(size: str) -> dict:
     if size.endswith("batch"):
         return {"dim": (0,), "grid": (1,)}
@@ -161,6 +212,14 @@ DISTANCES = Family(
     peers=DISTANCE_PEERS,
     required={"32x49x512": {"eigh": 300, "products": 2}, "100x16x512": {"eigh": 2000, "products": 2}},
     notes=(DEFICIENT_NOTE,),
+)
+COVARIANCES = Family(
+    op="bures_distance",
+    title="Squared Bures distance of covariances (B x d x d, condition 1e4 and 1e2), gradient to the first",
+    sizes=COVARIANCE_SIZES,
+    problem=covariance_problem,
+    peers=COVARIANCE_PEERS,
+    notes=(ROOTS_NOTE,),
 )
 MOMENTS = Family(
     op="feature_moments",

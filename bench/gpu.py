@@ -8,8 +8,9 @@ Parts, in this order, each callable by itself with --parts:
   speed      each case of bench/gpu_cases.py: accuracy first, then times against every peer that is installed, cold
              cache, medians, eager and as a replayed graph, the floor by bytes, products and exponentials beside them
 
-Writes DIR/<device>.json and DIR/<device>.md after each part, so that an interrupted run leaves what it had. A part that
-cannot run says why at once. Without a GPU: `--device cpu --small` tries the program itself.
+Writes DIR/<device>.json and DIR/<device>.md after each part and each case, so that an interrupted run leaves what it
+had. What `--minutes` leave no time for is said to be skipped. A part that cannot run says why at once. Without a GPU:
+`--device cpu --small` tries the program itself.
 """
 
 from __future__ import annotations
@@ -45,8 +46,18 @@ def part_info(options, report: dict) -> dict:
 
 def part_suite(options, report: dict) -> dict:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = 0.6 * left(options)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        lines = (error.stdout or b"").decode(errors="replace").strip().splitlines()
+        return {"ok": False, "skipped": f"not through after {seconds:.0f} s", "summary": lines[-12:]}
     return {"ok": done.returncode == 0, "summary": done.stdout.strip().splitlines()[-12:]}
+
+
+def left(options) -> float:
+    """Seconds until the end of the run, at least one."""
+    return max(1.0, options.end - time.perf_counter())
 
 
 def backends_of(device: torch.device) -> list[str]:
@@ -93,7 +104,12 @@ def part_sanitizer(options, report: dict) -> dict:
     for tool in TOOLS:
         command = [program, "--tool", tool, "--error-exitcode", "99"]
         command += [sys.executable, "-m", "bench.gpu", "--small-cases-only"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=options.sanitizer_seconds)
+        seconds = min(options.sanitizer_seconds, 0.4 * left(options))
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            rows.append({"tool": tool, "ok": False, "last": [f"not through after {seconds:.0f} s"]})
+            continue
         rows.append({"tool": tool, "ok": done.returncode == 0, "last": (done.stdout + done.stderr).splitlines()[-3:]})
     return {"ok": all(row["ok"] for row in rows), "rows": rows}
 
@@ -110,10 +126,19 @@ def part_speed(options, report: dict) -> dict:
     clock = Clock(options.device)
     rate = rates(clock, 0.2)
     rows = []
+    result = {"ok": True, "rates": rate, "cases": rows, "seconds": 0.0}
     for case in SMALL_CASES if options.small else CASES:
-        rows.append(measure_case(case, clock, rate, options))
+        if time.perf_counter() > options.end:
+            rows.append({"case": case.name, "variants": {}, "skipped": "no time left, see --minutes"})
+            continue
+        try:
+            rows.append(measure_case(case, clock, rate, options))
+        except RuntimeError as error:  # the inputs or the reference do not fit into memory
+            rows.append({"case": case.name, "variants": {}, "skipped": first_line(error)})
         print(json.dumps(rows[-1]), flush=True)
-    return {"ok": all(not r.get("wrong") for c in rows for r in c["variants"].values()), "rates": rate, "cases": rows}
+        result["ok"] = all(not r.get("wrong") for c in rows for r in c["variants"].values())
+        save(report | {"parts": report["parts"] | {"speed": result}}, options)
+    return result
 
 
 def measure_case(case: Case, clock: Clock, rate: dict[str, float], options) -> dict:
@@ -167,6 +192,8 @@ def measure_variant(case, loss, inputs, expected, other_answer: bool, clock: Clo
     with torch.no_grad():
         row["forward_ms"] = clock.median(lambda: loss(*plain), seconds)
     row["forward_backward_ms"] = clock.median(both, seconds)
+    if row["forward_backward_ms"] > 500:
+        return row | {"no_graph": "it takes longer than half a second"}
     try:
         replayed = clock.replayed(both, seconds)
         row |= {} if replayed is None else {"graph_ms": replayed}
@@ -196,6 +223,11 @@ def markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def save(report: dict, options) -> None:
+    (options.out / f"{options.stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / f"{options.stem}.md").write_text(markdown(report))
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -220,9 +252,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the program")
     parser.add_argument("--small", action="store_true", help="small cases, short times")
     parser.add_argument("--seconds", type=float, default=0.4, help="for each time that is measured")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no case is begun after so many")
     parser.add_argument("--sanitizer-seconds", type=float, default=120.0, help="limit for each of its tools")
     parser.add_argument("--small-cases-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    options.end = time.perf_counter() + 60 * options.minutes
     options.device = find_device(options.device)
     if options.small_cases_only:
         run_small_cases(options.device)
@@ -230,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.small:
         options.seconds = min(options.seconds, 0.01)
     name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "cpu-trial"
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+    options.stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
     report: dict = {
         "created": time.strftime("%Y-%m-%d %H:%M:%S"), "device": name, "machine": machine(), "parts": {},
     }  # fmt: skip
@@ -243,8 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
             result = {"ok": False, "skipped": first_line(error)}
         report["parts"][part] = result | {"seconds": time.perf_counter() - start}
-        (options.out / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.out / f"{stem}.md").write_text(markdown(report))
+        save(report, options)
     print(markdown(report))
     return 0 if all(part["ok"] or part.get("skipped") for part in report["parts"].values()) else 1
 

@@ -144,6 +144,53 @@ def tiny_case(problems: int, n: int, iterations: int = 20) -> Case:
     )  # fmt: skip
 
 
+def ragged_case(problems: int, most: int, iterations: int = 20) -> Case:
+    """Packed problems of 1 .. most rows and columns each."""
+    rows, columns = (
+        torch.randint(1, most + 1, (problems,), generator=torch.Generator().manual_seed(k)) for k in (0, 1)
+    )
+    offsets = [torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]) for sizes in (rows, columns)]
+    entries = int((rows * columns).sum())
+    kept: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def operands(cost: Tensor) -> tuple[Tensor, ...]:
+        if cost.device not in kept:
+            uniform = [(1 / sizes).repeat_interleave(sizes) for sizes in (rows, columns)]
+            kept[cost.device] = tuple(t.to(cost.device) for t in (*uniform, *offsets))
+        return kept[cost.device]
+
+    def ours(backend: str) -> Loss:
+        def loss(cost: Tensor) -> Tensor:
+            a, b, first, second = operands(cost)
+            return otkd_fast.sinkhorn_ragged(
+                cost, a.to(cost), b.to(cost), row_offsets=first, column_offsets=second, epsilon=0.1,
+                num_iters=iterations, backend=backend,
+            ).transport_cost.sum()  # fmt: skip
+
+        return loss
+
+    def padded(cost: Tensor) -> Tensor:
+        a, b, first, second = operands(cost)
+        n, m = first.diff(), second.diff()
+        starts = (n * m).cumsum(0) - n * m
+        i = torch.arange(most, device=cost.device)
+        inside = (i < n[:, None])[:, :, None] & (i < m[:, None])[:, None, :]
+        place = starts[:, None, None] + i[:, None] * m[:, None, None] + i
+        full = torch.where(inside, cost[torch.where(inside, place, 0)], torch.inf)
+        kernel, v = torch.exp(-full / 0.1), torch.ones_like(full[:, 0])
+        for _ in range(iterations):
+            u = 1 / (n[:, None] * (kernel @ v.unsqueeze(-1)).squeeze(-1).clamp(min=1e-30)) * (i < n[:, None])
+            v = 1 / (m[:, None] * (kernel.mT @ u.unsqueeze(-1)).squeeze(-1).clamp(min=1e-30)) * (i < m[:, None])
+        return (u.unsqueeze(-1) * kernel * v.unsqueeze(-2) * torch.where(inside, full, 0)).sum()
+
+    work = Work(3 * 4.0 * entries, 6.0 * iterations * entries, float(entries))
+    return Case(
+        f"{problems} packed problems of 1 to {most} rows and columns, T = {iterations}",
+        lambda device: (torch.rand(entries, generator=torch.Generator().manual_seed(2)).to(device),),
+        ours, work, {"padded loop": lambda: padded},
+    )  # fmt: skip
+
+
 def points_case(n: int, d: int, iterations: int) -> Case:
     epsilon = 0.05 * 2 * d  # of the mean cost of normal points
 
@@ -212,6 +259,7 @@ CASES = (
     wkd_case(64, 100),
     wkd_case(256, 1000),
     tiny_case(10_000, 16),
+    ragged_case(1024, 48),
     gaussian_case(64, 49, 512),
     sqrtm_case(64, 64),
     sqrtm_case(64, 128),
@@ -225,6 +273,7 @@ SMALL_CASES = (
     sinkd_text_case(8, 40),
     wkd_case(4, 6, 3),
     tiny_case(5, 4, 3),
+    ragged_case(5, 20, 3),
     gaussian_case(2, 5, 7),
     sqrtm_case(2, 4),
     points_case(9, 3, 3),

@@ -35,9 +35,15 @@ class Clock:
         return start.elapsed_time(end)
 
     def median(self, call: Callable[[], object], seconds: float, least: int = 5) -> float:
-        """Median after three calls that warm up; at least `least` samples, then until `seconds` have passed."""
-        for _ in range(3):
-            call()
+        """Median after three calls that warm up; at least `least` samples, then until `seconds` have passed.
+
+        A call that takes more than a second is measured once, after one that warms up.
+        """
+        call()
+        first = self.once(call)
+        if first > 1e3:
+            return first
+        call()
         samples, stop = [], time.perf_counter() + seconds
         while len(samples) < least or (time.perf_counter() < stop and len(samples) < 1000):
             samples.append(self.once(call))

@@ -20,6 +20,7 @@ from .run import FAMILIES, RESULTS
 README_OPS = ("sinkd", "sinkhorn_shared", "training_step")
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+PICTURES = ("<!-- pictures:begin -->", "<!-- pictures:end -->")
 OURS = "otkd_fast"
 
 
@@ -37,7 +38,12 @@ def milliseconds(value: float) -> str:
 
 
 def table(cases: list[dict], peers: tuple, required: dict, key: str) -> list[str]:
-    """One line a size; each peer's time with its ratio to ours (and the ratio that is required, where there is one)."""
+    """One line a size; each peer's time with its ratio to ours (and the ratio that is required, where there is one).
+
+    Peers that have no number at any size are left out: they are listed below the tables.
+    """
+    rows_of = {p.name: [case["results"].get(p.name, {}) for case in cases] for p in peers}
+    peers = tuple(p for p in peers if any(key in row or "wrong" in row for row in rows_of[p.name]))
     lines = ["| size | " + " | ".join(p.label for p in peers) + " |", "|---" * (len(peers) + 1) + "|"]
     for case in cases:
         ours = case["results"][OURS].get(key)
@@ -184,18 +190,29 @@ def scaling_markdown(report: dict) -> str:
     return "\n".join(lines)
 
 
-def update(page: Path, text: str, source: str) -> None:
+def pictures(report: dict) -> str:
+    """Links to what `python -m bench plots` draws from this report."""
+    present = {case["op"] for case in report["cases"] if len(case["results"]) > 1}
+    lines = [f"![{f.op}: {f.title}](plots/{f.op}.png)" for f in FAMILIES if f.op in present]
+    lines.append("![Accuracy of the value against time](plots/accuracy.png)")
+    lines += ["![Peak memory](plots/memory.png)"] if report.get("memory") else []
+    lines += ["![Time against n, B, d and T, dotted: the floor](scaling.png)"] if report.get("sweeps") else []
+    return "\n\n".join(lines)
+
+
+def update(page: Path, text: str, source: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Puts the text between the two markers of a page."""
+    begin, end = markers
     try:
         old = page.read_text()
     except OSError as error:
         fail(f"{page}: {error.strerror}")
-    if old.count(BEGIN) != 1 or old.count(END) != 1:
-        fail(f"{page}: expected one {BEGIN} and one {END}")
-    head, rest = old.split(BEGIN)
-    tail = rest.split(END)[1]
+    if old.count(begin) != 1 or old.count(end) != 1:
+        fail(f"{page}: expected one {begin} and one {end}")
+    head, rest = old.split(begin)
+    tail = rest.split(end)[1]
     made = f"Made by `python -m bench run` and `python -m bench report --update-docs` from `{source}`."
-    page.write_text(f"{head}{BEGIN}\n{text}\n\n{made}\n{END}{tail}")
+    page.write_text(f"{head}{begin}\n{text}\n\n{made}\n{end}{tail}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -220,6 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = ["", "The published problems, and where each is measured:", "", *published.markdown()]
     update(options.readme, markdown(report, README_OPS), source)
     update(options.docs, markdown(report) + "\n" + "\n".join(cases), source)
+    update(options.docs, pictures(report), source, PICTURES)
     if report.get("sweeps"):
         update(options.numerics, scaling_markdown(report), source)
         try:

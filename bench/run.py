@@ -66,6 +66,7 @@ FAMILIES = (
     matrix_roots.ROOTS,
     matrix_roots.NORMS,
     gaussian.DISTANCES,
+    gaussian.COVARIANCES,
     gaussian.MOMENTS,
 )
 # Boolean indexing breaks their graph, so that compilation changes nothing, and a call takes seconds.

@@ -5,9 +5,9 @@ import functools
 import pytest
 
 from . import suite
-from .gaussian import DISTANCES, MOMENTS
+from .gaussian import COVARIANCES, DISTANCES, MOMENTS
 
-FAMILIES = {family.op: family for family in (DISTANCES, MOMENTS)}
+FAMILIES = {family.op: family for family in (DISTANCES, COVARIANCES, MOMENTS)}
 CASES = [
     pytest.param(family, *case.values, id=f"{family.op}-{case.id}")
     for family in FAMILIES.values()

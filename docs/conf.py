@@ -80,7 +80,7 @@ class Backends(Directive):
             lines.append(f"| {backend} | {' | '.join(cells)} |")
         lines += [
             "",
-            "Where a device has no kernel the reference runs; `otkd_fast.explain(...)` says what a call takes, and why.",
+            "Where a device has no kernel the reference runs; `otkd_fast.explain(...)` says what runs, and why.",
         ]
         section = nodes.container()
         self.state.nested_parse(StringList(lines, "backends"), self.content_offset, section)

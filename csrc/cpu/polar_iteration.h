@@ -106,26 +106,32 @@ struct LanePolarIteration {
     Lanes<T> x, gram, polynomial;
     int64_t n, m;
 
-    void step(double a, double b, double c) {
-        const Vec<T> constant = splat(static_cast<T>(a)), linear = splat(static_cast<T>(b)), square = splat(static_cast<T>(c));
-        if (c == 0) {
-            multiply_symmetric(x, x, polynomial, m, n, [&](Vec<T> sum, int64_t, int64_t) { return linear * sum; });
-        } else {
-            multiply_symmetric(x, x, gram, m, n, [](Vec<T> sum, int64_t, int64_t) { return sum; });
-            multiply_symmetric(gram, gram, polynomial, m, m, [&](Vec<T> sum, int64_t i, int64_t j) {
-                return square * sum + linear * gram.get(i, j);
-            });
+    // Coefficients of each lane; (1, 0, 0) leaves its x as it is, bit for bit.
+    void step(Vec<T> a, Vec<T> b, Vec<T> c) {
+        multiply_symmetric(x, x, gram, m, n, [](Vec<T> sum, int64_t, int64_t) { return sum; });
+        multiply_symmetric(gram, gram, polynomial, m, m, [&](Vec<T> sum, int64_t i, int64_t j) { return c * sum + b * gram.get(i, j); });
+        finish(a);
+    }
+
+    void run(const PolarSchedule& schedule) {
+        for (int k = 0; k < schedule.count; ++k) {
+            const PolarStep& s = schedule.step[k];
+            step(splat(static_cast<T>(s.a)), splat(static_cast<T>(s.b)), splat(static_cast<T>(s.c)));
         }
+    }
+
+    void refine() {
+        multiply_symmetric(x, x, polynomial, m, n, [&](Vec<T> sum, int64_t, int64_t) { return T(-0.5) * sum; });
+        finish(splat(T(1.5)));
+    }
+
+  private:
+    // x (polynomial + constant I)
+    void finish(Vec<T> constant) {
         for (int64_t i = 0; i < m; ++i) polynomial.set(i, i, polynomial.get(i, i) + constant);
         multiply(x, polynomial, gram, n, m, m, [](Vec<T> sum, int64_t, int64_t) { return sum; });
         std::swap(x, gram);
     }
-
-    void run(const PolarSchedule& schedule) {
-        for (int k = 0; k < schedule.count; ++k) step(schedule.step[k].a, schedule.step[k].b, schedule.step[k].c);
-    }
-
-    void refine() { step(1.5, -0.5, 0); }
 };
 
 }  // namespace

@@ -37,8 +37,14 @@ class Scaling {
     struct Trace;
     void start(const Problem<T>& p, const Team& team);
     bool iterate(const Problem<T>& p, const Team& team);
-    bool update_rows(int64_t i, int64_t count, const S* sums, double omega);
-    bool update_columns(int64_t j, int64_t count, double omega);
+    OTKD_INLINE bool update_rows(int64_t i, int64_t count, const S* sums, double omega) {
+        return plain_ ? divide(a_ + i, sums, next_u_ + i, count) : update_row_logs(i, count, sums, omega);
+    }
+    bool update_row_logs(int64_t i, int64_t count, const S* sums, double omega);
+    OTKD_INLINE bool update_columns(int64_t j, int64_t count, double omega) {
+        return plain_ ? divide(b_ + j, columns_ + j, next_v_ + j, count) : update_column_logs(j, count, omega);
+    }
+    bool update_column_logs(int64_t j, int64_t count, double omega);
     double row_error(const Problem<T>& p, int64_t i, int64_t count, const S* sums) const;
     double column_error(const Problem<T>& p, int64_t begin, int64_t end) const;
     double plan_error(const Problem<T>& p, const Team& team, int64_t done);
@@ -170,17 +176,15 @@ void Scaling<Rows>::start(const Problem<T>& p, const Team& team) {
     team.barrier();
 }
 
-// The next scalings of `count` rows from their sums K v; false if one is out of range.
+// The next scalings of `count` rows from their sums K v in logarithms; false if one is out of range.
 template <class Rows>
-bool Scaling<Rows>::update_rows(int64_t i, int64_t count, const S* sums, double omega) {
-    if (plain_) return divide(a_ + i, sums, next_u_ + i, count);
+__attribute__((noinline)) bool Scaling<Rows>::update_row_logs(int64_t i, int64_t count, const S* sums, double omega) {
     return update_logs({lambda_a_, omega}, level_a_ + i, sums, log_u_ + i, next_log_u_ + i, next_u_ + i, count);
 }
 
 // Those of `count` columns from columns_.
 template <class Rows>
-bool Scaling<Rows>::update_columns(int64_t j, int64_t count, double omega) {
-    if (plain_) return divide(b_ + j, columns_ + j, next_v_ + j, count);
+__attribute__((noinline)) bool Scaling<Rows>::update_column_logs(int64_t j, int64_t count, double omega) {
     return update_logs({lambda_b_, omega}, level_b_ + j, columns_ + j, log_v_ + j, log_v_ + j, next_v_ + j, count);
 }
 
@@ -268,11 +272,14 @@ bool Scaling<Rows>::iterate(const Problem<T>& p, const Team& team) {
 // The scalings of the thread's own rows and columns.
 template <class Rows>
 void Scaling<Rows>::keep_scalings(const Problem<T>& p, const Team& team, int64_t slot) const {
+    const auto copy = [](S* kept, const S* scalings, int64_t begin, int64_t end) {
+        if (begin < end) std::memcpy(kept + begin, scalings + begin, (end - begin) * sizeof(S));
+    };
     int64_t begin, end;
     rows_of(team, begin, end);
-    for (int64_t i = begin; i < end && i < n_; ++i) p.template kept_u<S>(slot)[i] = u_[i];
+    copy(p.template kept_u<S>(slot), u_, begin, end < n_ ? end : n_);
     columns_of(team, begin, end);
-    for (int64_t j = begin; j < end && j < m_; ++j) p.template kept_v<S>(slot)[j] = v_[j];
+    copy(p.template kept_v<S>(slot), v_, begin, end < m_ ? end : m_);
 }
 
 // What the loop has not kept on its way. next_v_ holds the columns before the last iteration.

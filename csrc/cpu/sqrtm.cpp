@@ -5,12 +5,13 @@
 //
 // Three ways, each with its own aux for the backward: 'jacobi', small matrices, one a lane, with eigenvectors (sqrtm_jacobi.h);
 // 'tridiagonal', batches of middle ones, eigenvectors in double (sqrtm_tridiagonal.h); 'polar', larger ones on panels, products only (sqrtm_polar.h,
-// lyapunov.h), a matrix a thread, those that do not come out even and single ones by all threads together. A is scaled by an even power of two
+// lyapunov.h; small ones, one a lane: sqrtm_lanes.h), a matrix a thread, those that do not come out even and single ones by all threads together. A is scaled by an even power of two
 // first. What these ways cannot do is marked `unsolved`.
 #include "otkd_fast/sqrtm.h"
 
 #include "lyapunov.h"
 #include "sqrtm_jacobi.h"
+#include "sqrtm_lanes.h"
 #include "sqrtm_polar.h"
 #include "sqrtm_tridiagonal.h"
 
@@ -20,15 +21,27 @@ namespace {
 
 constexpr int64_t kParallelWork = 500 * 1000;  // multiply-adds, about 10 us of one thread
 
+// Whether products run with a matrix in each lane.
+template <class T>
+bool in_lanes(const SqrtmArgs<T>& args, bool backward) {
+    return args.algorithm == SqrtmAlgorithm::polar && !backward && !args.inverse && args.d <= kLaneRoot && 2 * args.batch >= width<T>;
+}
+
+template <class Work>
+int64_t bytes_of(int64_t d) {
+    Arena counter{nullptr};
+    Work(d, counter);
+    return counter.used;
+}
+
+// The same whatever the batch and `inverse`.
 template <class T>
 int64_t bytes_a_thread(const SqrtmArgs<T>& args, bool backward) {
-    Arena counter{nullptr};
-    if (args.algorithm == SqrtmAlgorithm::jacobi) JacobiRoot<T>(args.d, counter);
-    else if (args.algorithm == SqrtmAlgorithm::tridiagonal && backward) TridiagonalAdjoint<T>(args.d, counter);
-    else if (args.algorithm == SqrtmAlgorithm::tridiagonal) TridiagonalRoot<T>(args.d, counter);
-    else if (backward) Lyapunov<T>(args.d, counter);
-    else PolarRoot<T>(args.d, counter);
-    return counter.used;
+    const int64_t d = args.d;
+    if (args.algorithm == SqrtmAlgorithm::jacobi) return bytes_of<JacobiRoot<T>>(d);
+    if (args.algorithm == SqrtmAlgorithm::tridiagonal) return backward ? bytes_of<TridiagonalAdjoint<T>>(d) : bytes_of<TridiagonalRoot<T>>(d);
+    if (backward) return bytes_of<Lyapunov<T>>(d);
+    return d <= kLaneRoot ? std::max(bytes_of<PolarRoot<T>>(d), bytes_of<LaneRoot<T>>(d)) : bytes_of<PolarRoot<T>>(d);
 }
 
 template <class T>
@@ -120,8 +133,15 @@ void run(const SqrtmArgs<T>& args, bool adjoint) {
     parallel(work < kParallelWork ? 1 : args.threads, [&](const Team& team) {
         switch (args.algorithm) {
             case SqrtmAlgorithm::polar:
-                if (adjoint) for_matrices<Lyapunov<T>>(args, bytes, team, backward<T>);
-                else for_matrices<PolarRoot<T>>(args, bytes, team, forward<T>);
+                if (in_lanes(args, adjoint)) {
+                    for_pieces<LaneRoot<T>>(args, bytes, width<T>, team, [&](auto& work, int64_t begin, int64_t count) {
+                        work.forward(args, begin, count);
+                    });
+                } else if (adjoint) {
+                    for_matrices<Lyapunov<T>>(args, bytes, team, backward<T>);
+                } else {
+                    for_matrices<PolarRoot<T>>(args, bytes, team, forward<T>);
+                }
                 break;
             case SqrtmAlgorithm::tridiagonal:
                 if (adjoint) {

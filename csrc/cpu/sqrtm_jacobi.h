@@ -192,6 +192,7 @@ struct JacobiRoot {
     T* norms;
     double* scratch;
     Cholesky<T> cholesky;
+    VecInt<T> definite = {};
 
     JacobiRoot(int64_t size, Arena& memory)
         : n(size), a(take(size, memory)), basis(take(size + 1, memory)), result(take(size, memory)),
@@ -206,6 +207,15 @@ struct JacobiRoot {
 
     // Matrices [begin, begin + count) of the batch.
     void forward(const SqrtmArgs<T>& args, int64_t begin, int64_t count) {
+        const LaneScale<T> scale = factorize(args, begin, count);
+        orthogonalize(basis, norms, n);
+        compose(args.inverse, scale);
+        store_lanes(result.data, n * n, count, n * n, args.root + begin * n * n);
+        store_lanes(basis.data, (n + 1) * n, count, (n + 1) * n, args.aux + begin * (n + 1) * n);
+    }
+
+    // Rows of a factor F of each scaled matrix in `basis`, A = F^T F, upper triangular in the lanes of `definite`; marks the indefinite ones.
+    LaneScale<T> factorize(const SqrtmArgs<T>& args, int64_t begin, int64_t count) {
         const T* matrices = args.matrix + begin * n * n;
         load_lanes(matrices, n * n, count, n * n, result.data);
         const LaneScale<T> scale(result.data, n * n);
@@ -216,15 +226,12 @@ struct JacobiRoot {
                 a.set(j, i, mean);
             }
         }
-        const VecInt<T> definite = factorize_lanes(a, basis, n, scratch);
+        definite = factorize_lanes(a, basis, n, scratch);
         for (int64_t l = 0; l < count; ++l) {
             args.unsolved[begin + l] = 0;
             if (!definite[l] && scale.broken[l] == 0) args.unsolved[begin + l] = factorize_one(matrices + l * n * n, l, scale.exponent[l]);
         }
-        orthogonalize(basis, norms, n);
-        compose(args.inverse, scale);
-        store_lanes(result.data, n * n, count, n * n, args.root + begin * n * n);
-        store_lanes(basis.data, (n + 1) * n, count, (n + 1) * n, args.aux + begin * (n + 1) * n);
+        return scale;
     }
 
     // Gradients of matrices [begin, begin + count) of the batch.

@@ -41,6 +41,7 @@ def solve(
     guards: those of rows and columns, which only 'cpu' has and only for 'shared'.
     """
     if needs_function(cost, a, b):
+        a, b = (x if x is None or x.requires_grad else x.contiguous() for x in (a, b))  # once for both passes
         tensors = distinct(cost, a, b, initial_f, initial_g)
         return _Sinkhorn.apply(*tensors, family, backend, *options, gradient, *guards)[:6]
     return _FORWARD[family][backend](cost, a, b, initial_f, initial_g, *options, 0, *_given(*guards))[:6]

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import resolve
 from ..ops._library import operators
+from ..ops.sqrtm import chosen_alone
 from ._autograd import keep_signature, mapped, needs_function, transformed
 from ._matrices import check_flag, check_square
 from ._validate import HALF_DTYPES, check_choice
@@ -79,7 +80,8 @@ def sqrtm(
     if needs_function(A):
         S = _apply(A, inverse, algorithm, backend)
     else:
-        S = _forward(A, inverse, algorithm, backend)[0]
+        alone = backend == "cpu" and not inverse
+        S = _forward(A, inverse, chosen_alone(algorithm, A) if alone else algorithm, backend)[0]
     return S if S.dtype == dtype else S.to(dtype)
 
 

@@ -212,10 +212,11 @@ def _classes(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _over_classes(rows: Tensor, batch: Batch, classes: Tensor, options: _Options) -> Tensor:
-    """The reduction of the classes' distances; `rows` (n,) has the distance of each class as the sum over its rows."""
+    """The reduction of the classes' distances; `rows` (n,) has the distance of each class as the sum over its rows, and
+    0 for rows that do not count.
+    """
     if options.reduction == "none":
-        members = one_hot(batch.labels, options.num_classes) & batch.a.ne(0)[:, None]  # (n, K)
-        return torch.where(members, rows[:, None], 0).sum(0)
+        return torch.where(one_hot(batch.labels, options.num_classes), rows[:, None], 0).sum(0)  # (K,)
     return _reduced(rows.sum(), classes, options)
 
 

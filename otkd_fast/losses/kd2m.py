@@ -270,8 +270,8 @@ def _loss(student, teacher, labels, student_outputs, teacher_outputs, mask, opti
 
 def _batch(student, teacher, labels, kept, outputs, mask) -> Batch:
     """Masses of the rows that count, zeros in the others. With none left all count: zeros, whose distances are 0."""
-    student_outputs = kept.pop(0) if outputs[0] is not None else None
-    teacher_outputs = kept.pop(0) if outputs[1] is not None else None
+    given = iter(kept)
+    student_outputs, teacher_outputs = (None if x is None else next(given) for x in outputs)
     a, b = (x.new_full((x.shape[0],), 1 / x.shape[0]) for x in (student, teacher))
     if mask is not None:
         student, teacher = _common.overwrite(mask, student, teacher)

@@ -151,7 +151,7 @@ def _root(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _less_map(T: Tensor, dtype: torch.dtype) -> Tensor:
     """I - T, exactly symmetric."""
-    T = symmetric(T).neg_()
+    T = symmetric(T).neg_().contiguous()
     T.diagonal(dim1=-2, dim2=-1).add_(1)
     return T.to(dtype)
 

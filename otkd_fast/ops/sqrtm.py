@@ -22,6 +22,8 @@ JACOBI_LIMIT = 24
 # sizes up to which eigenvectors in double are worth while, in batches that fill the lanes of two threads or so
 TRIDIAGONAL_LIMIT, TRIDIAGONAL_BATCH = 128, 32
 CUDA_LIMIT = 32
+# sizes of matrices that products in lanes serve faster than rotations do
+ALONE, ALONE_BATCH = range(12, JACOBI_LIMIT + 1), 8
 
 
 def chosen(algorithm: str, A: Tensor) -> str:
@@ -40,6 +42,13 @@ def chosen_on_cuda(algorithm: str, d: int) -> str:
     """The same on CUDA."""
     if algorithm in ("auto", "jacobi"):
         return "jacobi" if d <= CUDA_LIMIT else "eigh"
+    return algorithm
+
+
+def chosen_alone(algorithm: str, A: Tensor) -> str:
+    """What 'auto' means where no gradient follows: products, without the eigenvectors, where they are faster."""
+    if algorithm == "auto" and A.dtype == torch.float32 and A.shape[-1] in ALONE:
+        return "polar" if _library.product(A.shape[:-2]) >= ALONE_BATCH else algorithm
     return algorithm
 
 

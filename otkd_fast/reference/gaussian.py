@@ -30,6 +30,7 @@ def wasserstein_from_samples(
         value (...), gradients of x and y or None, in the dtype of `x`.
     """
     n, m, d = x.shape[-2], y.shape[-2], x.shape[-1]
+    unbiased = int(unbiased)  # torch 2.11 cannot take a bool from a symbolic size
     mean_x, x_rows = _centred(x.double(), n - unbiased)  # (..., 1, d), (..., n, d)
     mean_y, y_rows = _centred(y.double(), m - unbiased)
     if min(n, m) <= d:

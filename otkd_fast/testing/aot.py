@@ -104,16 +104,18 @@ def main() -> None:
     options = parser.parse_args()
     import triton
 
-    kernels: dict[str, dict[str, dict]] = {}
-    for name, case in cases(options.modules, quick=options.quick, pattern=options.cases):
-        for architecture in options.arch:
-            kernels.setdefault(name, {})[str(architecture)] = found = measure(case, architecture)
-            print(name, architecture, found, file=sys.stderr, flush=True)
-    report = {"triton": triton.__version__, "kernels": kernels}
+    report = {"triton": triton.__version__, "kernels": {}}
+    for module in options.modules or modules():
+        kernels: dict[str, dict[str, dict]] = {}
+        for name, case in cases([module], quick=options.quick, pattern=options.cases):
+            for architecture in options.arch:
+                kernels.setdefault(name, {})[str(architecture)] = found = measure(case, architecture)
+                print(name, architecture, found, file=sys.stderr, flush=True)
+        report["kernels"] |= kernels
+        if options.update is not None:  # a module at a time: what is measured is kept
+            _update(options.update, report | {"kernels": kernels})
     if options.update is None:
         print(json.dumps(report, indent=1))
-    else:
-        _update(options.update, report)
 
 
 def _update(folder: Path, report: dict) -> None:

@@ -95,6 +95,7 @@ NEW_FAMILIES = {
     "sqrtm": (matrix_roots.ROOTS, "3x6"),
     "polar": (matrix_roots.NORMS, "3x6"),
     "gaussian": (gaussian.DISTANCES, "2x5x8"),
+    "covariances": (gaussian.COVARIANCES, "3x6"),
     "moments": (gaussian.MOMENTS, "2x3x5x5 grid 2"),
     "moments of the batch": (gaussian.MOMENTS, "8x3 batch"),
 }
@@ -170,7 +171,7 @@ def test_what_may_stand_in_one_table(before, after, changed):
 
 def test_markdown_has_ratios_and_requirements():
     text = report.markdown(made_up_report())
-    assert "| 64 x 100 | **0.100** | 1.25 (12.5 x, at least 10) | - | wrong answer | - |" in text
+    assert "| 64 x 100 | **0.100** | 1.25 (12.5 x, at least 10) | wrong answer |" in text
     assert "geomloss SamplesLoss at 64x100 (sinkd): not installed" in text
     assert "wrong answer, relative errors" in text
     assert "10 iterations: otkd_fast | 63 |" in text and "released form | no memory |" in text
@@ -181,6 +182,7 @@ def test_pages_are_made_from_the_json(tmp_path, capsys):
     pages, results = [tmp_path / "README.md", tmp_path / "benchmarks.md"], tmp_path / "cpu.json"
     for page in pages:
         page.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    pages[1].write_text(pages[1].read_text().replace("after", "<!-- pictures:begin --><!-- pictures:end -->\nafter"))
     numerics = tmp_path / "numerics.md"
     numerics.write_text("before\n<!-- bench:begin -->\n<!-- bench:end -->\n")
     sweep = {"kernel": "dense", "variable": "n", "values": [64, 128], "milliseconds": [1.0, 4.0]}
@@ -194,8 +196,9 @@ def test_pages_are_made_from_the_json(tmp_path, capsys):
         report.main(arguments)
     for page in pages:
         text = page.read_text()
-        assert text.startswith("before\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nafter\n")
+        assert text.startswith("before\n<!-- bench:begin -->\n") and text.endswith(":end -->\nafter\n")
         assert "old" not in text and text.count("**0.100**") == 1
+    assert "](plots/sinkd.png)" in pages[1].read_text() and "](scaling.png)" in pages[1].read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "| dense | n | 64 ... 128 | 2 | 2.00 | 4.00 | 2.0 |" in numerics.read_text()
     pages[0].write_text("no markers")

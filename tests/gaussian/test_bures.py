@@ -221,3 +221,45 @@ def test_gaussian_wasserstein(backend, dtype, generator):
     shared = otkd_fast.gaussian_wasserstein(mean_x, A, mean_y[0], B[0], backend=backend)
     again = otkd_fast.gaussian_wasserstein(mean_x, A, mean_y[:1].expand(3, 5), B[:1].expand(3, 5, 5), backend=backend)
     torch.testing.assert_close(shared, again)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("d", [3, 20, 45])
+@pytest.mark.parametrize("backend", backends("gaussian_wasserstein", compiled_only=True))
+def test_float32_batches_of_mixed_kinds_keep_the_digits_of_float64(backend, d, needs, generator):
+    """Regular pairs are computed from one Cholesky factor in float64; singular ones as the reference does."""
+    names = ("geometric 1e4", "geometric 1e2", "rank one", "identity", "geometric 1e6")
+    A = torch.stack([covariance(name, d, generator=generator) for name in names]).float()
+    B = torch.stack([covariance(name, d, generator=generator) for name in (*names[1:], names[0])]).float()
+    A.requires_grad_(needs[0]), B.requires_grad_(needs[1])
+    leaves = [leaf for leaf in (A, B) if leaf.requires_grad]
+    values, grads = [], []
+    for run in (backend, "reference"):
+        value = otkd_fast.bures_distance(A, B, backend=run)
+        values.append(value.detach())
+        grads.append(torch.autograd.grad(value.sum(), leaves))
+    error = (values[0] - values[1]).abs() / traces(A.detach(), B.detach())
+    for k in range(len(names)):
+        singular = "rank one" in (names[k], names[(k + 1) % len(names)])
+        bound = tolerance("bures_distance", "value", torch.float32).atol
+        assert float(error[k]) <= (torch.finfo(torch.float32).eps ** 0.5 if singular else bound)
+        for ours, reference in zip(*grads, strict=True):
+            assert_norm_close(ours[k], reference[k], 2e-3 if singular else 1e-5, context=f"{names[k]}")
+
+
+@pytest.mark.parametrize("backend", backends("gaussian_wasserstein", compiled_only=True))
+def test_float32_gradient_is_closer_than_eigh_and_autograd(backend, generator):
+    A, B = (covariance("geometric 1e4", 32, generator=generator, batch=(4,)).float() for _ in range(2))
+    expected = transport_gradient(B, A)
+
+    def by_eigh(A):
+        values, V = torch.linalg.eigh(B)
+        root = (V * values.clamp(min=0).sqrt().unsqueeze(-2)) @ V.mT
+        return traces(A, B).float() - 2 * torch.linalg.eigvalsh(root @ A @ root).clamp(min=0).sqrt().sum(-1)
+
+    errors = []
+    for distance in (lambda A: otkd_fast.bures_distance(A, B, backend=backend), by_eigh):
+        leaf = A.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(distance(leaf).sum(), leaf)
+        errors.append(float(torch.linalg.matrix_norm((grad + grad.mT) / 2 - expected).mean()))
+    assert errors[0] < errors[1] / 5

@@ -50,8 +50,11 @@ void sqrtm(int64_t batch, int64_t d, int64_t rank, bool inverse, SqrtmAlgorithm 
     args.inverse = inverse;
     args.algorithm = algorithm;
     args.threads = threads;
-    Workspace forward(kernels().of<T>().sqrtm_workspace_bytes(args, false));
-    Workspace backward(kernels().of<T>().sqrtm_workspace_bytes(args, true));
+    SqrtmArgs<T> asked = args;  // as the bindings ask, which know neither
+    asked.batch = 1;
+    asked.inverse = false;
+    Workspace forward(kernels().of<T>().sqrtm_workspace_bytes(asked, false));
+    Workspace backward(kernels().of<T>().sqrtm_workspace_bytes(asked, true));
     args.workspace = static_cast<unsigned char*>(forward.memory);
     kernels().of<T>().sqrtm_fwd(args);
     bool solved = true;
@@ -100,6 +103,7 @@ void exercise(int threads) {
                 for (bool inverse : {false, true}) {
                     if (d <= 17) sqrtm<T>(batch, d, rank, inverse, SqrtmAlgorithm::jacobi, threads);
                     sqrtm<T>(batch, d, rank, inverse, SqrtmAlgorithm::polar, threads);
+                    sqrtm<T>(batch, d, rank, inverse, SqrtmAlgorithm::tridiagonal, threads);
                 }
             }
         }

@@ -85,7 +85,7 @@ void sinkhorn_ragged(int threads, double epsilon, Gradient gradient, Metric metr
     points.grad_y = grad_y.data();
     cost_matrix_ragged(points, true);
     check_finite(grad_x, "ragged grad_x");
-    if (!masses_right<T>(a.data(), nullptr, 1, rows.back(), 1, 1e9)) {
+    if (!masses_right<T>({a.data(), rows.back(), rows.back()}, {}, 1, 1e9) || !masses_right<T>({a.data(), 3, 3}, {b.data(), 5, 0}, 1, 1e-5)) {
         std::printf("masses: wrong answer\n");
         std::exit(1);
     }

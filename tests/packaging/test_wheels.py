@@ -100,9 +100,19 @@ def test_cuda_wheel_holds_the_architectures(clone, root, tmp_path):
         (["CUDA=cu130"], "CUDA: expected cpu or a CUDA version such as 13.0, got 'cu130'"),
         ([], "CUDA: expected cpu or a CUDA version such as 13.0, got ''"),
         (["CUDA=12.99"], "OTKD_FAST_CUDA=12.99: no such CUDA toolkit"),
+        (["CUDA=99.9"], "there is no compiler package for 99.9"),
+        (["CUDA=cpu", "PYTHON=no-python"], "PYTHON: there is no interpreter no-python"),
     ],
 )
 def test_bad_arguments_end_with_2_and_a_sentence(clone, root, arguments, expected):
     made = make_wheel(clone, root, *arguments)
     assert made.returncode == 2
     assert expected in made.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_an_unknown_architecture_ends_with_2_and_those_that_the_compiler_knows(clone, root):
+    version = re.search(r"release (\d+\.\d+)", subprocess.check_output(["nvcc", "--version"], text=True))[1]
+    made = make_wheel(clone, root, f"CUDA={version}", "ARCHS=77")
+    assert made.returncode == 2
+    assert re.search(r"77.*\n?.*which knows: .*80 86", made.stderr), made.stderr

@@ -14,12 +14,16 @@ def calls(generator):
     x, y = torch.randn(2, 3, 4, 6, generator=generator)
     maps = torch.randn(2, 3, 5, 7, generator=generator)
     yield "polar_fwd", (x, 0)
-    for matrices, algorithm in ((A, "jacobi"), (big, "polar"), (A, "eigh"), (A, "newton_schulz")):
+    many = covariance("geometric 1e2", 26, generator=generator, batch=(33,)).float()
+    kinds = ((A, "jacobi"), (big, "polar"), (big, "tridiagonal"), (many, "auto"), (A, "eigh"), (A, "newton_schulz"))
+    for matrices, algorithm in kinds:
         yield "sqrtm_fwd", (matrices, False, algorithm)
         S, aux = torch.ops.otkd_fast.sqrtm_fwd(matrices, False, algorithm)
         yield "sqrtm_bwd", (matrices, S, aux, S.mT, False, algorithm)
     for needs in ((True, True), (False, True)):
         yield "gaussian_wasserstein_from_samples", (x, y.mT.contiguous().mT, False, *needs)
+        yield "bures_distance", (A, A.flip(0), *needs)
+        yield "bures_distance", (big, torch.zeros_like(big), *needs)
     for axes, grid in (((2, 3), (2, 3)), ((3, 1), (1, 2)), ((0,), (1,))):
         yield "feature_moments_fwd", (maps, axes, grid, False, 1e-3)
         mean, std = torch.ops.otkd_fast.feature_moments_fwd(maps, axes, grid, False, 1e-3)
