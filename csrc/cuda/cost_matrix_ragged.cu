@@ -30,7 +30,7 @@ OTKD_DEVICE Window window_of(const PackedPlan<T>& all, int64_t k) {
 }
 
 template <class T, bool kL1>
-OTKD_KERNEL(kThreads, 2) cost_packed(OTKD_CONSTANT PackedPlan<T> all) {
+OTKD_KERNEL(kThreads, 8 / sizeof(T)) cost_packed(OTKD_CONSTANT PackedPlan<T> all) {
     const uint32_t parts = all.parts, block = block_id();
     const Window window = window_of(all, block / parts);
     const int64_t columns = (window.c1 - window.c0 + kTile - 1) / kTile, tiles = columns * ((window.r1 - window.r0 + kTile - 1) / kTile);
@@ -52,7 +52,7 @@ OTKD_KERNEL(kThreads, 2) cost_packed(OTKD_CONSTANT PackedPlan<T> all) {
 }
 
 template <class T, bool kL1>
-OTKD_KERNEL(kThreads, 2) gradient_packed(OTKD_CONSTANT PackedPlan<T> all, bool of_y) {
+OTKD_KERNEL(kThreads, 8 / sizeof(T)) gradient_packed(OTKD_CONSTANT PackedPlan<T> all, bool of_y) {
     const uint32_t parts = all.parts, block = block_id();
     const Window window = window_of(all, block / parts);
     const int64_t begin = of_y ? window.c0 : window.r0, rows = of_y ? window.c1 - window.c0 : window.r1 - window.r0;

@@ -139,7 +139,7 @@ OTKD_DEVICE bool factorize(double* M, int d, int lane) {
 }
 
 template <class T, int kSize>
-OTKD_KERNEL(32) jacobi_root(OTKD_CONSTANT SqrtmArgs<T> args) {
+OTKD_KERNEL(32, 8) jacobi_root(OTKD_CONSTANT SqrtmArgs<T> args) {
     const Small<T, kSize> at(args);
     const int d = at.d, lane = at.lane;
     double column[kSize], largest = 0;
@@ -210,7 +210,7 @@ OTKD_DEVICE void combine(const Left& left, const double* right, int d, double (&
 
 // Lane k has row k of the matrices in the eigenbasis.
 template <class T, int kSize>
-OTKD_KERNEL(32) jacobi_root_backward(OTKD_CONSTANT SqrtmArgs<T> args) {
+OTKD_KERNEL(32, 8) jacobi_root_backward(OTKD_CONSTANT SqrtmArgs<T> args) {
     const Small<T, kSize> at(args);
     const int d = at.d, lane = at.lane, line = at.kLine;
     double *V = at.memory, *other = V + kSize * line;  // eigenvectors in rows; G, then products
