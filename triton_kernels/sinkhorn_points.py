@@ -171,12 +171,14 @@ def _through_potentials(costs: large.Costs, sides: large.Sides, adjoint: large.A
         for mask, total, exponent in zip(served, (rows, columns), (sides.lambda_a, sides.lambda_b), strict=True)
     ]
     w, x = (torch.where(mask, bar[0], 0) for mask, bar in zip(served, (adjoint.f_bar, adjoint.g_bar), strict=True))
-    gauge = _sinkhorn_implicit._Gauge(plan, *served) if all(map(math.isinf, penalties)) else None
+    gauge = None
+    if all(map(math.isinf, penalties)):
+        gauge = _sinkhorn_implicit.Gauge(*_sinkhorn_implicit.components(plan > 0), *served)
     if gauge:
         w, x = gauge.project(w, x)
-    w, x = _sinkhorn_implicit._solve(
-        plan, *diagonals, w, x, _sinkhorn_implicit.RELATIVE_RESIDUAL[large.dtype_of(costs)]
-    )
+    products = (lambda w: (plan.mT @ w.unsqueeze(-1)).squeeze(-1)), (lambda x: (plan @ x.unsqueeze(-1)).squeeze(-1))
+    tol = _sinkhorn_implicit.RELATIVE_RESIDUAL[large.dtype_of(costs)]
+    w, x = _sinkhorn_implicit.solve(*products, *diagonals, w, x, tol)
     if gauge:
         w, x = gauge.project(w, x)
     by = []

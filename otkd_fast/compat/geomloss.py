@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._autocast import without_autocast
 from ..functional._validate import HALF_DTYPES, check_choice, check_tensor, positive_float
 from ..functional.cost_matrix import cost_matrix
 
@@ -101,7 +102,7 @@ class SamplesLoss(nn.Module):
         single = x.dim() == 2
         if single:
             a, x, b, y = (tensor.unsqueeze(0) for tensor in (a, x, b, y))
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             values = self._sinkhorn(a, x, b, y) if self.loss == "sinkhorn" else self._kernel_norm(a, x, b, y)
         if self.potentials:
             return values

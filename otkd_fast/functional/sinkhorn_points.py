@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from .. import reference
+from .._autocast import without_autocast
 from .._dispatch import resolve
 from ..reference import PointCosts
 from . import _sinkhorn_points_function as compiled
@@ -157,6 +157,6 @@ class PointsSinkhornResult(SinkhornResult):
             applied = compiled.plan_apply(self._backend, *operands, self._metric, self._epsilon, transpose)
         else:
             x, y, f, g = (y, x, self.g, self.f) if transpose else (x, y, self.f, self.g)
-            with torch.autocast(v.device.type, enabled=False):
+            with without_autocast(v.device):
                 applied = PointCosts(x, y, self._metric).plan_product(f, g, v, self._epsilon)
         return applied.squeeze(-1) if vector else applied

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from .._autocast import without_autocast
 from ._validate import check_tensor
 
 
@@ -70,7 +70,7 @@ class SinkhornResult:
         """
         v, vector = self._applied(v, transpose)
         plan = self.plan()
-        with torch.autocast(v.device.type, enabled=False):
+        with without_autocast(v.device):
             applied = (plan.mT if transpose else plan) @ v
         return applied.squeeze(-1) if vector else applied
 

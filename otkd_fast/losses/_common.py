@@ -7,7 +7,6 @@ costs nothing (ordinary CPU tensors): elsewhere what is wrong makes its row NaN,
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from typing import NamedTuple
 
@@ -143,12 +142,6 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 def poison(values: Tensor, wrong: Tensor | None) -> Tensor:
     """`values` with NaN in the rows that are `wrong` (None: none is)."""
     return values if wrong is None else torch.where(wrong, torch.nan, values)
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast is off inside, on devices that know it."""
-    known = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def nan_rows(*rows: Tensor) -> Tensor | None:

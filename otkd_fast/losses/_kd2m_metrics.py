@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .._autocast import without_autocast
 from ..functional.cost_matrix import cost_matrix
 from ..functional.gaussian import gaussian_wasserstein_from_samples
 from ..functional.gaussian_kl import gaussian_kl, gaussian_kl_diagonal
 from ..functional.sinkhorn import sinkhorn
-from ._common import one_hot, without_autocast
+from ._common import one_hot
 from ._exact import class_assignment, exact_plan
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _root(variance: Tensor) -> Tensor:
 
 def _moments_of_classes(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """For each row (n, d) the moments of its class; deviations are squared, so that a large mean is harmless."""
-    with without_autocast(x):
+    with without_autocast(x.device):
         mean = share @ x
         return mean, _root(share @ (x - mean).square())
 
@@ -257,7 +258,7 @@ def _as_full_sample(x: Tensor, mass: Tensor) -> Tensor:
 
 
 def _mean_and_covariance(x: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    with without_autocast(x):
+    with without_autocast(x.device):
         x = x.double()
         mean = _mean(x, mass.double())
         rows = (x - mean) * mass.double().sqrt()[:, None]
@@ -299,7 +300,7 @@ def _label_cost(batch: Batch, options: _Options) -> Tensor:
         metric = {"euclidean": "l2"}.get(options.label_cost, "sqeuclidean")
         return cost_matrix(student, teacher, metric=metric, backend=options.backend)
     log_student = torch.log_softmax(batch.student_outputs, -1)
-    with without_autocast(student):
+    with without_autocast(student.device):
         if options.label_cost == "cross_entropy":
             return -log_student @ teacher.mT
         probabilities = log_student.exp()

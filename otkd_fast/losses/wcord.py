@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._autocast import without_autocast
 from .._values import values_readable
 from ..functional._validate import check_choice, check_tensor, not_negative_float, positive_float, positive_int
 from ..functional.cost_matrix import cost_matrix
@@ -254,7 +255,7 @@ class WCoRD(nn.Module):
                 ``local_weight=0``, where the loss is a sum over rows.
         """
         num_items_in_batch = self._check(student_features, teacher_features, index, mask, num_items_in_batch)
-        with _common.without_autocast(student_features):
+        with without_autocast(student_features.device):
             student, teacher = _common.overwrite(mask, student_features, teacher_features.detach())
             x, y = _embedded(self.embed_student, student), _embedded(self.embed_teacher, teacher)
             if x.shape[0] == 0:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._autocast import without_autocast
 from ._sinkhorn_costs import DenseCosts
 from ._sinkhorn_loop import Problem, marginal_error
 from .sinkhorn import SinkhornOutputs, _dual_value, _hide
@@ -42,7 +43,7 @@ def sinkhorn_guarded(
         gradient: 'unroll', 'last_step', 'envelope' or 'detach'. 'envelope' is that of the dual value at fixed
             potentials, which the guards keep from being the best ones.
     """
-    with torch.autocast(cost.device.type, enabled=False):
+    with without_autocast(cost.device):
         loop = _Loop(cost, a, b, guard, epsilon, update_first)
         u, v = (a > 0).to(a.dtype), (b > 0).to(b.dtype)
         if gradient == "unroll":
