@@ -79,18 +79,17 @@ def interleaved_medians(
 
     A block is as many calls as take about 10 ms, after up to three untimed ones that warm the caches again (none where
     a call takes longer than 0.1 s); rounds are repeated until `seconds` are used, at least `min_rounds`. A call that
-    takes longer than SLOW seconds is timed twice, one of more than VERY_SLOW seconds once.
+    takes longer than SLOW seconds is timed twice, one of more than VERY_SLOW seconds once. The first call is never
+    timed: it may compile.
     """
     calls, untimed = {}, {}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     rounds_of = dict.fromkeys(functions, math.inf)
     for name, function in functions.items():
-        for _ in range(2):
-            start = time.perf_counter()
-            function()
-            once = time.perf_counter() - start
-            if once > SLOW:  # nothing more to warm up
-                break
+        function()
+        start = time.perf_counter()
+        function()
+        once = time.perf_counter() - start
         calls[name] = max(1, int(10e-3 / once))
         untimed[name] = min(3, calls[name] - 1) or int(once < 0.1)
         if once > SLOW:
