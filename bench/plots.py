@@ -49,7 +49,8 @@ def ratio_bars(plt, family, cases: list[dict], path: Path) -> None:
         axes.bar_label(bars, [f"{h:.1f}" if h == h else "" for h in heights], fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_yscale("log")
-    axes.set_xticks(range(len(cases)), [c["size"].replace("x", " x ") for c in cases])
+    sizes = [c["size"].replace("x", " x ") for c in cases]
+    axes.set_xticks(range(len(cases)), sizes, rotation=20 if sum(map(len, sizes)) > 80 else 0)
     axes.set_ylabel("time over otkd_fast's")
     axes.set_title(f"{family.title}: {'forward' if key == 'forward_ms' else 'forward and backward'}", fontsize=9)
     axes.legend(fontsize=7)
