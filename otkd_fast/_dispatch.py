@@ -229,8 +229,8 @@ def explain(op: str, *tensors: torch.Tensor) -> str:
     """Which backend would run `op` on these tensors, and why the others would not.
 
     Args:
-        op: 'cost_matrix', 'sinkhorn', 'sinkhorn_shared', 'sinkhorn_ragged', 'sinkhorn_points', 'sinkd', 'polar', 'sqrtm',
-            'gaussian_wasserstein' (also of bures_distance) or 'feature_moments'.
+        op: 'cost_matrix', 'sinkhorn', 'sinkhorn_shared', 'sinkhorn_ragged', 'sinkhorn_points', 'sinkd', 'polar',
+            'sqrtm', 'gaussian_wasserstein' (also of bures_distance) or 'feature_moments'.
         *tensors: the tensors of the call; only their device is looked at. None: CPU tensors.
 
     Raises:
