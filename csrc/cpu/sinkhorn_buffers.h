@@ -48,40 +48,6 @@ struct Penalty {
     }
 };
 
-// One problem of the batch.
-template <class T>
-struct Problem {
-    const SinkhornArgs<T>& args;
-    int64_t index;
-    double mass_a(int64_t i) const { return args.a ? args.a[index * args.n + i] : 1.0 / static_cast<double>(args.n); }
-    double mass_b(int64_t j) const { return args.b ? args.b[index * args.m + j] : 1.0 / static_cast<double>(args.m); }
-    // Potentials / epsilon as the loop starts, where there is mass.
-    double start_phi(int64_t i) const { return start(args.initial_f, index * args.n + i); }
-    double start_gamma(int64_t j) const { return start(args.initial_g, index * args.m + j); }
-    Penalty penalty_a() const { return {args.penalty_a, args.epsilon}; }
-    Penalty penalty_b() const { return {args.penalty_b, args.epsilon}; }
-    double* history() const { return args.history ? args.history + index * history_stride(args) : nullptr; }
-    int64_t iterations() const { return static_cast<int64_t>(history()[1]); }
-    template <class S>
-    S* kept_u(int64_t slot) const {
-        return reinterpret_cast<S*>(history() + kHistoryHeader) + slot * (args.n + args.m);
-    }
-    template <class S>
-    S* kept_v(int64_t slot) const {
-        return kept_u<S>(slot) + args.n;
-    }
-    // The slot of the last scalings, of `ran` iterations.
-    int64_t last_slot(int64_t ran) const {
-        return args.keep == Keep::all ? ran - 1 : args.keep == Keep::last_step ? 1 : 0;
-    }
-    double incoming(const T* grads) const { return grads ? static_cast<double>(grads[index]) : 0.0; }
-
-  private:
-    double start(const T* potential, int64_t k) const {
-        return potential && std::isfinite(potential[k]) ? potential[k] / args.epsilon : 0.0;
-    }
-};
-
 // Loads one vector of S from T, converting between float and double where they differ.
 template <class S, class T>
 struct LoadAs {
@@ -115,6 +81,49 @@ OTKD_INLINE void store_as(T* p, V v, int64_t count) {
     }
 }
 
+// One problem of the batch.
+template <class T>
+struct Problem {
+    const SinkhornArgs<T>& args;
+    int64_t index;
+    double mass_a(int64_t i) const { return args.a ? args.a[index * args.n + i] : 1.0 / static_cast<double>(args.n); }
+    double mass_b(int64_t j) const { return args.b ? args.b[index * args.m + j] : 1.0 / static_cast<double>(args.m); }
+    // Masses from i on in the first `count` lanes, 0 in the others.
+    Vec<double> masses_a(int64_t i, int64_t count) const { return masses(args.a, args.n, i, count); }
+    Vec<double> masses_b(int64_t j, int64_t count) const { return masses(args.b, args.m, j, count); }
+    // Potentials / epsilon as the loop starts, where there is mass.
+    double start_phi(int64_t i) const { return start(args.initial_f, index * args.n + i); }
+    double start_gamma(int64_t j) const { return start(args.initial_g, index * args.m + j); }
+    Penalty penalty_a() const { return {args.penalty_a, args.epsilon}; }
+    Penalty penalty_b() const { return {args.penalty_b, args.epsilon}; }
+    double* history() const { return args.history ? args.history + index * history_stride(args) : nullptr; }
+    int64_t iterations() const { return static_cast<int64_t>(history()[1]); }
+    template <class S>
+    S* kept_u(int64_t slot) const {
+        return reinterpret_cast<S*>(history() + kHistoryHeader) + slot * (args.n + args.m);
+    }
+    template <class S>
+    S* kept_v(int64_t slot) const {
+        return kept_u<S>(slot) + args.n;
+    }
+    // The slot of the last scalings, of `ran` iterations.
+    int64_t last_slot(int64_t ran) const {
+        return args.keep == Keep::all ? ran - 1 : args.keep == Keep::last_step ? 1 : 0;
+    }
+    double incoming(const T* grads) const { return grads ? static_cast<double>(grads[index]) : 0.0; }
+
+  private:
+    Vec<double> masses(const T* given, int64_t size, int64_t k, int64_t count) const {
+        if (given) return LoadAs<double, T>::part(given + index * size + k, count, 0.0);
+        Vec<double> same = {};
+        for (int64_t w = 0; w < width<double> && w < count; ++w) same[w] = 1.0 / static_cast<double>(size);
+        return same;
+    }
+    double start(const T* potential, int64_t k) const {
+        return potential && std::isfinite(potential[k]) ? potential[k] / args.epsilon : 0.0;
+    }
+};
+
 // Sums over the team: every thread adds its share to its own slot, all meet, every thread reads the totals.
 constexpr int kSlots = 8;
 struct Reduction {
@@ -135,28 +144,38 @@ struct Reduction {
     }
 };
 
-// One side of the outputs: its potential, and its part of marginal_error and of the dual value.
+// One side of the outputs: its potential, and its part of marginal_error and of the dual value. `masses` and `log_scalings`
+// give a vector from an index on, of so many lanes.
 struct SideOutputs {
     double error = 0, mass = 0, dual = 0;
-    template <class T, class Mass, class Log>
-    SideOutputs(int64_t count, const Penalty& penalty, const double* sums, T* potential, bool wants_dual, Mass mass_of,
-                Log log_scaling) {
+    template <class T, class Masses, class Logs>
+    SideOutputs(int64_t count, const Penalty& penalty, const double* sums, T* potential, bool wants_dual, Masses masses,
+                Logs log_scalings) {
         const bool potentials = potential || wants_dual || !penalty.constraint();
         const bool relatives = wants_dual || !penalty.constraint();
-        double logged = 1, log_own = 0;  // masses are often all the same
-        for (int64_t k = 0; k < count; ++k) {
-            const double own = mass_of(k), phi = potentials ? log_scaling(k) : 0.0;
-            if (relatives && own > 0 && own != logged) log_own = std::log(logged = own);
-            const double relative = relatives && own > 0 ? phi - log_own : 0.0;
-            error += std::fabs(sums[k] - (own > 0 ? own * penalty.kept(relative) : own));
-            mass += own;
-            if (potential) potential[k] = static_cast<T>(penalty.epsilon * phi);
-            if (wants_dual && own > 0) dual += own * penalty.value(relative);
+        const Vec<double> zero = {};
+        Vec<double> errors = {}, total = {}, duals = {};
+        for (int64_t k = 0; k < count; k += width<double>) {
+            const int64_t some = count - k < width<double> ? count - k : width<double>;
+            const Vec<double> own = masses(k, some), phi = potentials ? log_scalings(k, some) : zero;
+            const Vec<double> relative = relatives && any<double>(own > zero) ? phi - log(own) : zero;
+            Vec<double> target = own, value = relative > -kInfinity ? penalty.epsilon * relative : zero;
+            for (int64_t w = 0; !penalty.constraint() && w < some; ++w) {
+                target[w] = own[w] > 0 ? own[w] * penalty.kept(relative[w]) : own[w];
+                value[w] = penalty.value(relative[w]);
+            }
+            errors += abs<double>(LoadAs<double, double>::part(sums + k, some, 0.0) - target);
+            total += own;
+            if (potential) store_as(potential + k, penalty.epsilon * phi, some);
+            if (wants_dual) duals += own > zero ? own * value : zero;
         }
+        error = sum<double>(errors);
+        mass = sum<double>(total);
+        dual = sum<double>(duals);
     }
 };
 
-// The outputs of a problem from the row sums of the plan, its column sums and <P, C>; `log_u`, `log_v` are
+// The outputs of a problem from the row sums of the plan, its column sums and <P, C>; `log_u`, `log_v` give vectors of
 // potentials / epsilon. One thread. `error` is the marginal error where it is known already, else negative.
 template <class T, class LogU, class LogV>
 void write_outputs(const Problem<T>& p, const double* row_sums, const double* column_sums, double transport_cost,
@@ -164,8 +183,8 @@ void write_outputs(const Problem<T>& p, const double* row_sums, const double* co
     const SinkhornArgs<T>& args = p.args;
     const bool dual = args.regularized_cost;
     T *f = args.f ? args.f + p.index * args.n : nullptr, *g = args.g ? args.g + p.index * args.m : nullptr;
-    const SideOutputs rows(args.n, p.penalty_a(), row_sums, f, dual, [&](int64_t i) { return p.mass_a(i); }, log_u);
-    const SideOutputs columns(args.m, p.penalty_b(), column_sums, g, dual, [&](int64_t j) { return p.mass_b(j); }, log_v);
+    const SideOutputs rows(args.n, p.penalty_a(), row_sums, f, dual, [&](int64_t i, int64_t some) { return p.masses_a(i, some); }, log_u);
+    const SideOutputs columns(args.m, p.penalty_b(), column_sums, g, dual, [&](int64_t j, int64_t some) { return p.masses_b(j, some); }, log_v);
     double total = 0;
     for (int64_t j = 0; j < args.m; ++j) total += column_sums[j];
     const double nan_mass = 0 * (rows.mass + columns.mass);  // a mass that is NaN took no part: say so in the result

@@ -382,8 +382,9 @@ void LogDomain<Costs>::forward(const Problem<T>& p, const Team& team) {
     if (team.rank == 0) {
         if (args_.iterations) args_.iterations[p.index] = ran_;
         write_outputs(
-            p, row_sums_, column_sums_, transport_cost, error_, [&](int64_t i) { return phi_[i]; },
-            [&](int64_t j) { return gamma_[j]; });
+            p, row_sums_, column_sums_, transport_cost, error_,
+            [&](int64_t i, int64_t count) { return LoadAs<double, double>::part(phi_ + i, count, 0.0); },
+            [&](int64_t j, int64_t count) { return LoadAs<double, double>::part(gamma_ + j, count, 0.0); });
     }
     team.barrier();
 }

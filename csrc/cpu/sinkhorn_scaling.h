@@ -86,6 +86,16 @@ class Scaling {
     double phi(int64_t i) const {
         return (plain_ ? std::log(static_cast<double>(u_[i])) : log_u_[i]) + rows_.shift(i) / args_.epsilon;
     }
+    Vec<double> phis(int64_t i, int64_t count) const {
+        Vec<double> shifts = {};
+        for (int64_t w = 0; w < count; ++w) shifts[w] = rows_.shift(i + w);
+        return log_scalings(u_, log_u_, i, count) + shifts / args_.epsilon;
+    }
+    Vec<double> log_scalings(const S* scalings, const double* logs, int64_t k, int64_t count) const {
+        if (!plain_) return LoadAs<double, double>::part(logs + k, count, 0.0);
+        const Vec<double> own = LoadAs<double, S>::part(scalings + k, count, S(1));
+        return own > Vec<double>{} ? log(own) : own - kInfinity;  // 0 becomes -inf, NaN stays
+    }
     double gamma(int64_t j) const { return plain_ ? std::log(static_cast<double>(v_[j])) : log_v_[j]; }
 
     const Args& args_;
@@ -308,8 +318,9 @@ bool Scaling<Rows>::forward(const Problem<T>& p, const Team& team, double limit)
         for (int64_t j = 0; j < m_; ++j) column_sums_[j] = static_cast<double>(v_[j]) * columns_[j];
         const double error = row_error(p, 0, n_, next_u_) + column_error(p, 0, m_);  // as the loop sees it
         write_outputs(
-            p, row_sums_, column_sums_, reduction_.sum(team, kTransport), error, [&](int64_t i) { return phi(i); },
-            [&](int64_t j) { return gamma(j); });
+            p, row_sums_, column_sums_, reduction_.sum(team, kTransport), error,
+            [&](int64_t i, int64_t count) { return phis(i, count); },
+            [&](int64_t j, int64_t count) { return log_scalings(v_, log_v_, j, count); });
     }
     return true;
 }

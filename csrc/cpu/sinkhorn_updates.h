@@ -19,18 +19,23 @@ constexpr double kLargestLog = sizeof(S) == 4 ? 80.0 : 690.0;  // of a scaling, 
 template <class S, class V>
 OTKD_INLINE bool divide_by(const S* mass, const S* sums, S* scaling, int64_t count) {
     constexpr int64_t lanes = sizeof(V) / sizeof(S);
-    bool good = true;
+    decltype(V{} > V{}) bad = {};
     for (int64_t k = 0; k < count; k += lanes) {
         V own, total;
         std::memcpy(&own, mass + k, sizeof own);
         std::memcpy(&total, sums + k, sizeof total);
         const auto used = own > V{};
-        const auto bad = used & ~((total >= kLow<S>)&(total <= kHigh<S>));
+        bad |= used & ~((total >= kLow<S>)&(total <= kHigh<S>));
         const V quotient = used ? own / total : V{};
         std::memcpy(scaling + k, &quotient, sizeof quotient);
-        for (int64_t lane = 0; lane < lanes; ++lane) good &= !bad[lane];
     }
-    return good;
+    if constexpr (lanes == width<S>) {
+        return !any<S>(bad);
+    } else {
+        bool good = true;
+        for (int64_t lane = 0; lane < lanes; ++lane) good &= !bad[lane];
+        return good;
+    }
 }
 
 // scaling = mass / sum where there is mass; false if a sum there is out of the safe range. `count` is a multiple of the
