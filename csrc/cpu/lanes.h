@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "simd.h"
+#include "lane_memory.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {
@@ -29,13 +29,21 @@ struct Lanes {
 // `count` matrices of `entries` entries, `stride` apart, into lanes; lanes beyond get zeros.
 template <class T>
 void load_lanes(const T* in, int64_t stride, int64_t count, int64_t entries, T* out) {
-    for (int64_t k = 0; count < width<T> && k < entries; ++k) store(out + k * width<T>, Vec<T>{});
+    if (count == width<T>) {
+        const T* places[width<T>];
+        for (int l = 0; l < width<T>; ++l) places[l] = in + l * stride;
+        gather<width<T>>(places, entries, out);
+        return;
+    }
+    for (int64_t k = 0; k < entries; ++k) store(out + k * width<T>, Vec<T>{});
     transpose(in, stride, out, int64_t{width<T>}, count, entries);
 }
 
 template <class T>
 void store_lanes(const T* in, int64_t stride, int64_t count, int64_t entries, T* out) {
-    transpose(in, int64_t{width<T>}, out, stride, entries, count);
+    T* places[width<T>];
+    for (int64_t l = 0; l < count; ++l) places[l] = out + l * stride;
+    scatter<width<T>>(in, count, entries, places);
 }
 
 // Calls body with the number of rows (or columns) of a tile as a constant.

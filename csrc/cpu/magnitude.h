@@ -36,6 +36,15 @@ struct PowerOfTwo {
         : first(std::ldexp(T(1), exponent / 2)), second(std::ldexp(T(1), exponent - exponent / 2)) {}
 };
 
+// 2^k in every lane, 0 below the normal numbers and infinity above them.
+template <class T>
+OTKD_INLINE Vec<T> powers_of_two(VecInt<T> k) {
+    constexpr typename Simd<T>::Int bias = std::numeric_limits<T>::max_exponent - 1, top = 2 * bias + 1;
+    VecInt<T> biased = k + bias;
+    biased = biased < 0 ? VecInt<T>{} : biased > top ? VecInt<T>{} + top : biased;
+    return (Vec<T>)(biased << (std::numeric_limits<T>::digits - 1));
+}
+
 // Exponent e such that 2^-e |x| is in [0.5, 1) for the largest |x|; 0 where that is 0 or not finite.
 template <class T>
 int exponent_of(T largest) {

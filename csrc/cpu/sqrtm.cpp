@@ -116,14 +116,14 @@ void for_matrices(const SqrtmArgs<T>& args, int64_t bytes, const Team& team, con
     }
 }
 
-// Calls one(work, begin, count) for pieces of the batch, a piece a thread.
+// Calls one(work, begin, count) for pieces of the batch; a thread has neighbouring ones, so that no two write to one cache line for long.
 template <class Work, class T, class One>
 void for_pieces(const SqrtmArgs<T>& args, int64_t bytes, int64_t piece, const Team& team, const One& one) {
     Arena memory{args.workspace + team.rank * bytes};
     Work own(args.d, memory);
-    for (int64_t begin = team.rank * piece; begin < args.batch; begin += team.size * piece) {
-        one(own, begin, args.batch - begin < piece ? args.batch - begin : piece);
-    }
+    int64_t begin, end;
+    split(args.batch, piece, team.size, team.rank, begin, end);
+    for (; begin < end; begin += piece) one(own, begin, end - begin < piece ? end - begin : piece);
 }
 
 template <class T>

@@ -58,105 +58,132 @@ VecInt<T> factorize_lanes(const Lanes<T>& a, const Lanes<T>& w, int64_t n, doubl
     return definite;
 }
 
+// 1 / x and 1 / sqrt(x) to four digits at least, where that is faster; x = 0 and infinite x may give NaN.
+template <class T>
+OTKD_INLINE Vec<T> rough_reciprocal(Vec<T> x) {
+    return reciprocal<T>(x);
+}
+template <class T>
+OTKD_INLINE Vec<T> rough_reciprocal_sqrt(Vec<T> x) {
+    return reciprocal_sqrt<T>(x);
+}
+#if defined(__AVX512F__)
+template <>
+OTKD_INLINE Vec<float> rough_reciprocal<float>(Vec<float> x) {
+    return (Vec<float>)_mm512_rcp14_ps((__m512)x);
+}
+template <>
+OTKD_INLINE Vec<float> rough_reciprocal_sqrt<float>(Vec<float> x) {
+    return (Vec<float>)_mm512_rsqrt14_ps((__m512)x);
+}
+#endif
+
 template <class T>
 OTKD_INLINE Vec<T> row_product(const T* p, const T* q, int64_t n) {
-    Vec<T> even = {}, odd = {};
+    Vec<T> sums[4] = {};
     int64_t j = 0;
-    for (; j + 2 <= n; j += 2) {
-        even += load(p + j * width<T>) * load(q + j * width<T>);
-        odd += load(p + (j + 1) * width<T>) * load(q + (j + 1) * width<T>);
+    for (; j + 4 <= n; j += 4) {
+        for (int k = 0; k < 4; ++k) sums[k] += load(p + (j + k) * width<T>) * load(q + (j + k) * width<T>);
     }
-    if (j < n) even += load(p + j * width<T>) * load(q + j * width<T>);
-    return even + odd;
+    for (; j < n; ++j) sums[0] += load(p + j * width<T>) * load(q + j * width<T>);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Disjoint pairs of rows that are rotated together: the angle of one takes longer to compute than its rows to rotate.
-#if defined(__AVX512F__)
-constexpr int kPairs = 4;
-#else
-constexpr int kPairs = 2;
-#endif
-constexpr int64_t kFewRows = 10;  // up to which one at a time is faster: a pair that is orthogonal is then skipped
-struct RowPair {
-    int64_t p, q;  // p < q
+// p -= down q, q += up p, of two rows that do not overlap.
+template <class T>
+OTKD_INLINE void turn(T* __restrict p, T* __restrict q, int64_t n, Vec<T> down, Vec<T> up) {
+    for (int64_t j = 0; j < n; ++j) {
+        const Vec<T> x = load(p + j * width<T>), y = load(q + j * width<T>);
+        store(p + j * width<T>, x - down * y);
+        store(q + j * width<T>, y + up * x);
+    }
+}
+
+// The rows of each lane are those of `w` times the square roots of `weights`, which the rotations change: two multiply-adds an entry in
+// place of four (Gentleman, J. Inst. Maths Applics 12, 1973). `norms`: their squared norms.
+template <class T>
+struct WeightedRows {
+    Lanes<T> w;
+    T *weights, *norms;  // (n,)
 };
 
-// Makes the rows of each pair orthogonal in the lanes of `active`; true in those where one of the cosines was above kDone.
-template <class T, int kCount>
-OTKD_INLINE VecInt<T> rotate(const Lanes<T>& w, T* norms, int64_t n, const RowPair* pairs, VecInt<T> active) {
-    const Vec<T> zero = {}, one = splat(T(1));
-    Vec<T> half[kCount], sine[kCount];
-    VecInt<T> turns = {}, again = {};
-    for (int k = 0; k < kCount; ++k) half[k] = row_product(w.at(pairs[k].p, 0), w.at(pairs[k].q, 0), n);
-    for (int k = 0; k < kCount; ++k) {
-        T *norm_p = norms + pairs[k].p * width<T>, *norm_q = norms + pairs[k].q * width<T>;
-        const Vec<T> alpha = load(norm_p), beta = load(norm_q), gamma = half[k], squared = gamma * gamma, limit = alpha * beta;
-        const VecInt<T> turn = active & (squared > kOrthogonal<T> * kOrthogonal<T> * limit);
-        const Vec<T> gap = beta - alpha, twice = gamma + gamma;
-        const Vec<T> square = gap * gap + twice * twice, hypotenuse = square * reciprocal_sqrt<T>(square);
-        const Vec<T> tangent = turn ? twice * reciprocal<T>(gap < zero ? gap - hypotenuse : gap + hypotenuse) : zero;
-        // by the tangent of half the angle: small angles round little, and sine and cosine are those of one angle to rounding
-        const Vec<T> secant_squared = one + tangent * tangent;
-        half[k] = tangent * reciprocal<T>(one + secant_squared * reciprocal_sqrt<T>(secant_squared));
-        sine[k] = (half[k] + half[k]) * reciprocal<T>(one + half[k] * half[k]);
-        store(norm_p, alpha - tangent * gamma);
-        store(norm_q, beta + tangent * gamma);
-        turns |= turn;
-        again |= turn & (squared > kDone<T> * kDone<T> * limit);
-    }
-    if (!any<T>(turns)) return again;
-    for (int k = 0; k < kCount; ++k) {
-        T *row_p = w.at(pairs[k].p, 0), *row_q = w.at(pairs[k].q, 0);
-        for (int64_t j = 0; j < n; ++j) {
-            const Vec<T> x = load(row_p + j * width<T>), y = load(row_q + j * width<T>);
-            store(row_p + j * width<T>, x - sine[k] * (y + half[k] * x));
-            store(row_q + j * width<T>, y + sine[k] * (x - half[k] * y));
-        }
-    }
-    return again;
+// Makes rows p and q orthogonal in the lanes of `active`; true in those where their cosine was above kDone. The angle need not be exact,
+// what is done with it is a rotation all the same.
+template <class T>
+OTKD_INLINE VecInt<T> rotate(const WeightedRows<T>& rows, int64_t n, int64_t p, int64_t q, VecInt<T> active) {
+    T *weights_p = rows.weights + p * width<T>, *weights_q = rows.weights + q * width<T>;
+    T *norms_p = rows.norms + p * width<T>, *norms_q = rows.norms + q * width<T>;
+    const Vec<T> zero = {}, one = splat(T(1)), product = row_product(rows.w.at(p, 0), rows.w.at(q, 0), n);
+    const Vec<T> weight_p = load(weights_p), weight_q = load(weights_q), weight = weight_p * weight_q;
+    const Vec<T> alpha = load(norms_p), beta = load(norms_q), limit = alpha * beta, squared = product * product * weight;
+    const VecInt<T> turns = active & (squared > kOrthogonal<T> * kOrthogonal<T> * limit);
+    if (!any<T>(turns)) return VecInt<T>{};
+    const Vec<T> gap = beta - alpha, square = gap * gap + T(4) * squared, hypotenuse = square * rough_reciprocal_sqrt<T>(square);
+    // the tangent over the root of `weight`
+    const Vec<T> slope = turns ? (product + product) * rough_reciprocal<T>(gap < zero ? gap - hypotenuse : gap + hypotenuse) : zero;
+    const Vec<T> down = slope * weight_q, up = slope * weight_p;
+    turn(rows.w.at(p, 0), rows.w.at(q, 0), n, down, up);
+    const Vec<T> cosine_squared = reciprocal<T>(one + down * up), moved = slope * product * weight;
+    store(weights_p, weight_p * cosine_squared);
+    store(weights_q, weight_q * cosine_squared);
+    store(norms_p, alpha - moved);
+    store(norms_q, beta + moved);
+    return turns & (squared > kDone<T> * kDone<T> * limit);
 }
 
-// One sweep over all pairs, those of a round disjoint, kCount of them at a time.
-template <class T, int kCount>
-VecInt<T> sweep(const Lanes<T>& w, T* norms, int64_t n, VecInt<T> active) {
+// Multiplies the rows by the square roots of their weights, which become 1; computes their norms.
+template <class T>
+void weigh(const WeightedRows<T>& rows, int64_t n) {
+    for (int64_t k = 0; k < n; ++k) {
+        const Vec<T> factor = sqrt<T>(load(rows.weights + k * width<T>));
+        Vec<T> squares = {};
+        for (int64_t j = 0; j < n; ++j) {
+            const Vec<T> entry = rows.w.get(k, j) * factor;
+            rows.w.set(k, j, entry);
+            squares += entry * entry;
+        }
+        store(rows.weights + k * width<T>, splat(T(1)));
+        store(rows.norms + k * width<T>, squares);
+    }
+}
+
+// One sweep over all pairs, those of a round disjoint; lanes in which a cosine was above kDone.
+template <class T>
+OTKD_INLINE VecInt<T> sweep(const WeightedRows<T>& rows, int64_t n, VecInt<T> active) {
+    constexpr int64_t kRounds = 48;  // a weight is halved in each at most
     const int64_t last = n - 1 + n % 2;  // the index that stays; with n odd it is no row
     VecInt<T> again = {};
     for (int64_t round = 0; round < last; ++round) {
-        RowPair pairs[kCount];
-        int count = 0;
-        for (int64_t i = 0; 2 * i <= last; ++i) {
+        if (round % kRounds == 0) weigh(rows, n);
+        if (last < n) again |= rotate(rows, n, round, last, active);
+        for (int64_t i = 1; 2 * i <= last; ++i) {
             const int64_t up = round + i, down = round - i, p = up < last ? up : up - last, q = down < 0 ? down + last : down;
-            if (i > 0) pairs[count++] = {p < q ? p : q, p < q ? q : p};
-            else if (last < n) pairs[count++] = {p, last};
-            if (count == kCount) {
-                again |= rotate<T, kCount>(w, norms, n, pairs, active);
-                count = 0;
-            }
+            again |= rotate(rows, n, p < q ? p : q, p < q ? q : p, active);
         }
-        if (count > 0) with_count<kCount>(count, [&](auto c) { again |= rotate<T, decltype(c)::value>(w, norms, n, pairs, active); });
     }
     return again;
 }
 
-// Rotates until the rows of w (n, n) are orthogonal; norms: their squared norms.
+// Rotates until the rows of w (n, n) are orthogonal; norms (2 n,): their squared norms, then scratch.
 template <class T>
 void orthogonalize(const Lanes<T>& w, T* norms, int64_t n) {
+    const WeightedRows<T> rows{w, norms + n * width<T>, norms};
+    for (int64_t k = 0; k < n; ++k) store(rows.weights + k * width<T>, splat(T(1)));
     VecInt<T> active = Vec<T>{} == Vec<T>{};
     for (int sweeps = 0; sweeps < kMostSweeps && any<T>(active); ++sweeps) {
-        for (int64_t k = 0; k < n; ++k) store(norms + k * width<T>, row_product(w.at(k, 0), w.at(k, 0), n));
-        active &= n <= kFewRows ? sweep<T, 1>(w, norms, n, active) : sweep<T, kPairs>(w, norms, n, active);
+        active &= sweep(rows, n, active);
     }
-    for (int64_t k = 0; k < n; ++k) store(norms + k * width<T>, row_product(w.at(k, 0), w.at(k, 0), n));
+    weigh(rows, n);
 }
 
 // Each lane's own power of two, and NaN where the matrix is not finite (0 elsewhere).
 template <class T>
 struct LaneScale {
-    int exponent[width<T>];
+    VecInt<T> exponent;  // even, so that the root scales by a power of two as well; 0 where the matrix is 0
     Vec<T> first, second, broken;
 
-    // even exponents, so that the root scales by a power of two as well
     LaneScale(const T* entries, int64_t count) {
+        constexpr typename Simd<T>::Int bias = std::numeric_limits<T>::max_exponent - 1;
         VecInt<T> best = {};
         for (int64_t k = 0; k < count; ++k) {
             const VecInt<T> bits = magnitude_bits<T>(load(entries + k * width<T>));
@@ -164,23 +191,20 @@ struct LaneScale {
         }
         const Vec<T> size = (Vec<T>)best;
         broken = size - size;
-        for (int l = 0; l < width<T>; ++l) {
-            exponent[l] = (exponent_of(size[l]) + 1) / 2 * 2;
-            const PowerOfTwo<T> scale(-exponent[l]);
-            first[l] = scale.first;
-            second[l] = scale.second;
-        }
+        const VecInt<T> above = (best >> (std::numeric_limits<T>::digits - 1)) - bias + 1;  // 2^above > size
+        exponent = (best > 0) & (broken == Vec<T>{}) ? (above + 1) & ~typename Simd<T>::Int{1} : VecInt<T>{};
+        const VecInt<T> half = -exponent >> 1;
+        first = powers_of_two<T>(half);
+        second = powers_of_two<T>(-exponent - half);
     }
 
     Vec<T> apply(Vec<T> v) const { return broken == broken ? v * first * second : Vec<T>{}; }
 
     // 2^(times exponent / 2) for a small `times`
     void back(int times, Vec<T>& head, Vec<T>& tail) const {
-        for (int l = 0; l < width<T>; ++l) {
-            const PowerOfTwo<T> scale(times * (exponent[l] / 2));
-            head[l] = scale.first;
-            tail[l] = scale.second;
-        }
+        const VecInt<T> whole = (exponent >> 1) * times, half = whole >> 1;
+        head = powers_of_two<T>(half);
+        tail = powers_of_two<T>(whole - half);
     }
 };
 
@@ -196,7 +220,7 @@ struct JacobiRoot {
 
     JacobiRoot(int64_t size, Arena& memory)
         : n(size), a(take(size, memory)), basis(take(size + 1, memory)), result(take(size, memory)),
-          norms(memory.take<T>(size * width<T>)), scratch(memory.take<double>(size * size * width<double>)),
+          norms(memory.take<T>(2 * size * width<T>)), scratch(memory.take<double>(size * size * width<double>)),
           cholesky(size, memory) {}
 
     Lanes<T> take(int64_t rows, Arena& memory) const {
@@ -248,7 +272,13 @@ struct JacobiRoot {
             }
         }
         const LaneScale<T> scale(basis.at(n, 0), n);
-        for (int64_t k = 0; k < n; ++k) basis.set(n, k, scale.apply(basis.get(n, k)) + scale.broken);
+        VecInt<T> some = {}, none = {};  // roots > 0, roots of 0
+        for (int64_t k = 0; k < n; ++k) {
+            const Vec<T> root = basis.get(n, k);
+            some |= root > Vec<T>{};
+            none |= root == Vec<T>{};
+            basis.set(n, k, scale.apply(root) + scale.broken);
+        }
         const Lanes<T> product{reinterpret_cast<T*>(scratch), n};
         const auto keep = [](Vec<T> sum, int64_t, int64_t) { return sum; };
         multiply(result, columns, product, n, n, n, keep);
@@ -260,11 +290,7 @@ struct JacobiRoot {
         scale.back(args.inverse ? -6 : -2, head, tail);
         multiply_symmetric(basis, product, result, n, n, [&](Vec<T> sum, int64_t, int64_t) { return sum * head * tail; });
         store_lanes(result.data, n * n, count, n * n, args.grad_matrix + begin * n * n);
-        for (int64_t l = 0; l < count; ++l) {
-            const T* roots = args.aux + ((begin + l) * (n + 1) + n) * n;
-            const bool some = std::any_of(roots, roots + n, [](T root) { return root > 0; });
-            args.unsolved[begin + l] = some && std::any_of(roots, roots + n, [](T root) { return root == 0; });
-        }
+        for (int64_t l = 0; l < count; ++l) args.unsolved[begin + l] = (some & none)[l] != 0;
     }
 
   private:

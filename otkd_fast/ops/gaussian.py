@@ -3,7 +3,7 @@
 ``gaussian_wasserstein_from_samples``: W2^2 between the Gaussians fitted to two samples (``csrc/cpu/gaussian.cpp``,
 ``csrc/cuda/gaussian.cu``).
 ``bures_distance``: between covariances, from one Cholesky factor and one batch of eigenvalue problems
-(``csrc/cpu/lane_eigen.h``).
+(``csrc/cpu/lane_eigen.h``), or from two Cholesky factors and a polar factor (``csrc/cpu/polar.cpp``).
 
 The gradients come with the value, for an incoming gradient of 1; one that is not needed is an empty tensor (0,).
 """
@@ -15,14 +15,18 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.psd_factor import symmetric
-from . import _library, sqrtm
+from . import _library, polar, sqrtm
 from ._library import native
 
-# batches of matrices up to this size are solved side by side, others one by one by LAPACK
-_SIDE_BY_SIDE, _FEWEST = 128, 4
+# batches of float32 matrices up to this size are solved side by side, by eigenvalues; others by polar factors
+_SIDE_BY_SIDE, _FEWEST = 64, 8
 # What is computed here: matrices whose Cholesky pivots, relative to their variances, are above the rounding of float32,
-# and products whose singular values are above this fraction of the largest; the reference does the others.
+# and products whose singular values are above this fraction of the largest; the reference's formulas do the others.
 _PIVOT, _SMALLEST_ROOT = 3e-8, 3e-6
+_STEPS = 11  # of polar factors: singular values down to 1e-5 of the largest go to 1
+# d - |P|^2 adds up what is missing of the squares of the d singular values of a polar factor: at most this, and this
+# times d for their rounding
+_MISSING = {torch.float32: (1e-3, 3e-6), torch.float64: (1e-10, 1e-14)}
 # without the inverse root, products of any rank will do for factors with pivots above this
 _GOOD_PIVOT = 1e-3
 _ROWS_IN_A_BLOCK = 160  # CUDA: larger samples with more rows than features: the d x d problem of their QR factors
@@ -94,16 +98,16 @@ def _bures_cpu(A: Tensor, B: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor
     if A.numel() == 0:
         return outputs
     A, B = A.reshape(-1, d, d), B.reshape(-1, d, d)
-    if A.dtype == torch.float64:  # squares of its singular values would cost half of its digits
-        value, grad_a, grad_b = reference.bures(A, B, need_a=need_a, need_b=need_b)
-    else:
-        value, grad_a, grad_b, right = _from_one_factor(A, B, need_a, need_b)
-        if not right.all():
-            rest = right.logical_not().nonzero().squeeze(-1)
-            answers = reference.bures(A[rest], B[rest], need_a=need_a, need_b=need_b)
-            for own, answer in zip((value, grad_a, grad_b), answers, strict=True):
-                if own is not None:
-                    own[rest] = answer
+    # in float64 the squares of singular values would cost half of the digits
+    side_by_side = A.dtype == torch.float32 and d <= _SIDE_BY_SIDE and len(A) >= _FEWEST
+    compute = _from_one_factor if side_by_side else _from_two_factors
+    value, grad_a, grad_b, right = compute(A, B, need_a, need_b)
+    if not right.all():
+        rest = right.logical_not().nonzero().squeeze(-1)
+        answers = reference.bures(A[rest], B[rest], need_a=need_a, need_b=need_b, polar=polar._cpu)
+        for own, answer in zip((value, grad_a, grad_b), answers, strict=True):
+            if own is not None:
+                own[rest] = answer
     grads = ((grad_a, need_a), (grad_b, need_b))
     return value.view(shape[:-2]), *(grad.view(shape) if need else value.new_empty(0) for grad, need in grads)
 
@@ -120,16 +124,16 @@ def _from_one_factor(
         value, grad_b, grad_a, right = _from_one_factor(B, A, need_b, need_a)
         return value, grad_a, grad_b, right
     wide_a, wide_b = symmetric(A), symmetric(B)  # (P, d, d)
-    L, info = torch.linalg.cholesky_ex(wide_b)
+    L, pivot = _cholesky(wide_b)
     M = L.mT @ wide_a @ L
-    root, vectors, roots = _root(M)  # (P, d, d), eigenvectors in rows, (P, d)
+    root, aux = sqrtm._fwd_cpu(M, False, "tridiagonal")
+    vectors, roots = aux[:, :-1], aux[:, -1].abs()  # eigenvectors in rows, their eigenvalues (P, d)
     variances = wide_b.diagonal(dim1=-2, dim2=-1)
     value = wide_a.diagonal(dim1=-2, dim2=-1).sum(-1) + variances.sum(-1) - 2 * roots.sum(-1)
-    pivots = (L.diagonal(dim1=-2, dim2=-1).square() / variances).amin(-1)
     regular = roots.amin(-1) > _SMALLEST_ROOT * roots.amax(-1)
-    right = (info == 0) & value.isfinite() & (pivots > _PIVOT)
+    right = (pivot > _PIVOT) & value.isfinite()
     if need_b:
-        right &= regular | (pivots > _GOOD_PIVOT) if not need_a else regular
+        right &= regular | (pivot > _GOOD_PIVOT) if not need_a else regular
     grad_a = grad_b = None
     if need_a:
         half = vectors @ L.mT / roots.sqrt().unsqueeze(-1)  # (P, d, d)
@@ -140,13 +144,37 @@ def _from_one_factor(
     return value.clamp_(min=0).to(A.dtype), grad_a, grad_b, right
 
 
-def _root(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Square root of M (P, d, d), float64, its eigenvectors in rows and its eigenvalues (P, d)."""
-    side_by_side = M.shape[-1] <= _SIDE_BY_SIDE and len(M) >= _FEWEST
-    root, aux = sqrtm._fwd_cpu(M, False, "tridiagonal" if side_by_side else "eigh")
-    if side_by_side:
-        return root, aux[:, :-1], aux[:, -1].abs()
-    return root, aux[:, 2:].mT, aux[:, 0]
+def _from_two_factors(
+    A: Tensor, B: Tensor, need_a: bool, need_b: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The same from A = F F^T, B = G G^T and P = polar(F^T G): the maps are F P G^-1 from B to A, G P^T F^-1 from A to B.
+
+    The polar factor is of the dtype of A and B, everything else in float64.
+    """
+    (F, pivot_a), (G, pivot_b) = (_cholesky(wide) for wide in (symmetric(A), symmetric(B)))
+    K = F.mT @ G  # (P, d, d)
+    narrow, norms = polar._cpu(K.to(A.dtype), _STEPS)
+    P = narrow.double()
+    value = F.square().sum((-2, -1)) + G.square().sum((-2, -1)) - 2 * norms
+    base, slope = _MISSING[A.dtype]
+    d = A.shape[-1]
+    missing = (d - P.square().sum((-2, -1))).abs()
+    right = (pivot_a > _PIVOT) & (pivot_b > _PIVOT) & value.isfinite() & (missing <= base + slope * d)
+    grad_a = _less_map(_right_solve(G @ P.mT, F), A.dtype) if need_a else None
+    grad_b = _less_map(_right_solve(F @ P, G), A.dtype) if need_b else None
+    return value.clamp_(min=0).to(A.dtype), grad_a, grad_b, right
+
+
+def _cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
+    """L (P, d, d) with A = L L^T, and its smallest pivot relative to the variance, 0 where there is no L (P,)."""
+    L, info = torch.linalg.cholesky_ex(A)
+    pivots = L.diagonal(dim1=-2, dim2=-1).square() / A.diagonal(dim1=-2, dim2=-1)
+    return L, torch.where(info == 0, pivots.amin(-1), 0)
+
+
+def _right_solve(X: Tensor, L: Tensor) -> Tensor:
+    """X L^-1 for a lower triangular L."""
+    return torch.linalg.solve_triangular(L, X, upper=False, left=False)
 
 
 def _less_map(T: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,11 +9,15 @@ Everything is computed in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .polar import STEPS, polar
 from .psd_factor import eigen_factor, symmetric
+
+Polar = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def wasserstein_from_samples(
@@ -62,7 +66,7 @@ def _rows_gradient(rows: Tensor, offset: Tensor, basis: Tensor | None, image: Te
 
 
 def bures(
-    A: Tensor, B: Tensor, *, need_a: bool = True, need_b: bool = True
+    A: Tensor, B: Tensor, *, need_a: bool = True, need_b: bool = True, polar: Polar = polar
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Squared Bures distance tr A + tr B - 2 tr (A^(1/2) B A^(1/2))^(1/2), and its gradients.
 
@@ -72,6 +76,7 @@ def bures(
     Args:
         A, B: (..., d, d), float32 or float64, with the same batch axes; only the symmetric parts count.
         need_a, need_b: which gradients to compute.
+        polar: what computes polar factors and nuclear norms of float64 matrices, from the matrices and a number of steps.
 
     Returns:
         value (...), gradients of A and B or None, symmetric, in the dtype of `A`.
