@@ -97,7 +97,7 @@ def sinkhorn_points(
     initial = check_initial_potentials(initial_potentials, batch, n, m, x)
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
     stored = n * m <= MOST_STORED if storage == "auto" else storage == "stored"
-    backend = resolve("sinkhorn_points", x.device, backend)
+    backend = resolve("sinkhorn_points", x.device, backend, "gradient='implicit'" if gradient == "implicit" else None)
     solve = _reference if backend == "reference" else partial(compiled.solve, backend)
     if epsilon_schedule is not None:
         constants = [None if tensor is None else tensor.detach() for tensor in (x, y, a, b)]
