@@ -46,7 +46,7 @@ struct PlanTile {
 };
 
 template <class T>
-OTKD_KERNEL(kPointThreads) plan_product(OTKD_CONSTANT Application<T> all) {
+OTKD_KERNEL(kPointThreads, sizeof(T) == sizeof(float) ? 3 : 2) plan_product(OTKD_CONSTANT Application<T> all) {
     const PlanApplyArgs<T>& args = all.args;
     const uint32_t tiles = static_cast<uint32_t>((args.n + kOwn - 1) / kOwn), chunks = static_cast<uint32_t>((args.columns + kOther - 1) / kOther);
     const uint32_t block = static_cast<uint32_t>(block_id());

@@ -87,7 +87,7 @@ enum class Work : int { sweep, forward, backward };
 
 // One step of every problem, blocks by problem, tile and piece; or all of a problem by its block. One kernel, so that there is one sweep.
 template <class T>
-OTKD_KERNEL(kPointThreads, sizeof(T) == sizeof(float) ? 4 : 2) points_block(OTKD_CONSTANT PointBatch<T> all, Work work, Step step, int64_t k) {
+OTKD_KERNEL(kPointThreads, sizeof(T) == sizeof(float) ? 3 : 2) points_block(OTKD_CONSTANT PointBatch<T> all, Work work, Step step, int64_t k) {
     const uint32_t block = static_cast<uint32_t>(block_id());
     if (work == Work::forward) return block_forward(all, block);
     if (work == Work::backward) return block_backward(all, block);
@@ -98,7 +98,7 @@ OTKD_KERNEL(kPointThreads, sizeof(T) == sizeof(float) ? 4 : 2) points_block(OTKD
 
 // The gradients of the points of those problems whose sums were in S; blocks by problem and tile.
 template <class T, class S>
-OTKD_KERNEL(kPointThreads, sizeof(S) == sizeof(float) ? 4 : 2) points_gradient(OTKD_CONSTANT PointBatch<T> all, bool flip, T* grad) {
+OTKD_KERNEL(kPointThreads, sizeof(S) == sizeof(float) ? 3 : 2) points_gradient(OTKD_CONSTANT PointBatch<T> all, bool flip, T* grad) {
     const uint32_t tiles = static_cast<uint32_t>(((flip ? all.batch.args.m : all.batch.args.n) + kOwn - 1) / kOwn);
     const uint32_t block = static_cast<uint32_t>(block_id());
     const Problem<T> p(all.batch, block / tiles, nullptr, nullptr);
