@@ -106,7 +106,8 @@ struct ApplyGradient {
 
     OTKD_DEVICE void operator()(const T (&cost)[4][4], int64_t j0, T* stage, T (&by)[4][4]) const {
         T product[4][4];
-        point_sums<Form::product>(own, plan.count, other, plan.others, columns, plan.i0, j0, stage, product);
+        const Rows<T> ours{own, plan.count, columns}, theirs{other, plan.others, columns};
+        point_sums<Form::product>(ours, theirs, columns, plan.i0, j0, stage, product);
         plan.entries(cost, j0, by);
         OTKD_UNROLL
         for (int r = 0; r < 4; ++r) {

@@ -46,14 +46,21 @@ struct Clouds {
     }
 };
 
-// `lines` rows from `first` on of (count, d), features from k0 on, into (kFeatures, line); 0 beyond.
+// Rows of d numbers each, `stride` apart.
+template <class T>
+struct Rows {
+    const T* data;
+    int64_t count, stride;
+};
+
+// `lines` rows from `first` on, features from k0 on, into (kFeatures, line); 0 beyond.
 template <class S, class T>
-OTKD_DEVICE void stage_rows(const T* rows, int64_t d, int64_t first, int64_t count, int64_t k0, int lines, int line, S* to) {
+OTKD_DEVICE void stage_rows(const Rows<T>& rows, int64_t d, int64_t first, int64_t k0, int lines, int line, S* to) {
     OTKD_UNROLL_4
     for (int e = thread_id(); e < lines * kFeatures; e += kPointThreads) {
         const int r = e / kFeatures, k = e % kFeatures;
-        const bool inside = first + r < count && k0 + k < d;
-        to[k * line + r] = inside ? static_cast<S>(rows[(first + r) * d + k0 + k]) : S(0);
+        const bool inside = first + r < rows.count && k0 + k < d;
+        to[k * line + r] = inside ? static_cast<S>(rows.data[(first + r) * rows.stride + k0 + k]) : S(0);
     }
 }
 
@@ -61,8 +68,7 @@ enum class Form : int { absolute, square, product };
 
 // Sums over the d features of |x - y|, (x - y)^2 or x y for the tile at (i0, j0).
 template <Form kForm, class S, class T>
-OTKD_DEVICE void point_sums(const T* own, int64_t count, const T* other, int64_t others, int64_t d, int64_t i0, int64_t j0,
-                            S* shared, S (&total)[4][4]) {
+OTKD_DEVICE void point_sums(const Rows<T>& own, const Rows<T>& other, int64_t d, int64_t i0, int64_t j0, S* shared, S (&total)[4][4]) {
     S *own_rows = shared, *other_rows = shared + kFeatures * kOwnLine;
     constexpr bool kFolds = sizeof(S) == sizeof(float);  // double needs no second level
     S part[4][4] = {};
@@ -72,8 +78,8 @@ OTKD_DEVICE void point_sums(const T* own, int64_t count, const T* other, int64_t
         for (int c = 0; c < 4; ++c) total[r][c] = 0;
     }
     for (int64_t k0 = 0; k0 < d; k0 += kFeatures) {
-        stage_rows(own, d, i0, count, k0, kOwn, kOwnLine, own_rows);
-        stage_rows(other, d, j0, others, k0, kOther, kOtherLine, other_rows);
+        stage_rows(own, d, i0, k0, kOwn, kOwnLine, own_rows);
+        stage_rows(other, d, j0, k0, kOther, kOtherLine, other_rows);
         barrier();
         OTKD_UNROLL_4
         for (int k = 0; k < kFeatures; ++k) {
@@ -91,13 +97,14 @@ OTKD_DEVICE void point_sums(const T* own, int64_t count, const T* other, int64_t
             }
         }
         barrier();
-        if (!kFolds || (k0 % kSumDepth != kSumDepth - kFeatures && k0 + kFeatures < d)) continue;
-        OTKD_UNROLL
-        for (int r = 0; r < 4; ++r) {
+        if (kFolds && (k0 % kSumDepth == kSumDepth - kFeatures || k0 + kFeatures >= d)) {
             OTKD_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                total[r][c] += part[r][c];
-                part[r][c] = 0;
+            for (int r = 0; r < 4; ++r) {
+                OTKD_UNROLL
+                for (int c = 0; c < 4; ++c) {
+                    total[r][c] += part[r][c];
+                    part[r][c] = 0;
+                }
             }
         }
     }
@@ -113,8 +120,9 @@ OTKD_DEVICE S cosine_of(S square, double nx, double ny) {
 // The costs of the tile at (i0, j0), 4 x 4 a thread; beyond the points some number. `shared`: kStageValues. Ends with a barrier if d > 0.
 template <class S, class T>
 OTKD_DEVICE void tile_costs(const Clouds<T>& p, int64_t i0, int64_t j0, S* shared, S (&cost)[4][4]) {
-    if (p.metric == Metric::l1) return point_sums<Form::absolute>(p.own, p.count, p.other, p.others, p.d, i0, j0, shared, cost);
-    point_sums<Form::square>(p.own, p.count, p.other, p.others, p.d, i0, j0, shared, cost);
+    const Rows<T> own{p.own, p.count, p.d}, other{p.other, p.others, p.d};
+    if (p.metric == Metric::l1) return point_sums<Form::absolute>(own, other, p.d, i0, j0, shared, cost);
+    point_sums<Form::square>(own, other, p.d, i0, j0, shared, cost);
     if (p.metric == Metric::sqeuclidean) return;
     OTKD_UNROLL
     for (int r = 0; r < 4; ++r) {

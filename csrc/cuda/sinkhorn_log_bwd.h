@@ -156,20 +156,25 @@ OTKD_DEVICE void adjoint_columns(const Trace<T>& t, Part part, int64_t k, double
 }
 
 template <class T>
+OTKD_DEVICE double cost_gradient_entry(const Trace<T>& t, double of_transport, double of_dual, int64_t i, int64_t j) {
+    const Problem<T>& p = t.p;
+    const double x = p.exponent(i, j), entry = exp(t.phi[i] + t.gamma[j] - x);
+    double rest = 0;
+    for (int64_t k = 0; k < t.steps; ++k) {
+        const double phi = t.phi_of(k)[i] - x;
+        rest += exp(phi + t.gamma_of(k)[j]) * t.w(k)[j] + exp(phi + t.before(k, j)) * t.z(k)[i];
+    }
+    const double slope = t.steps > 0 ? 1 - x : 1.0;
+    return x == kInfinity ? 0.0 : entry * (of_transport * slope + of_dual) + rest / p.args.epsilon;
+}
+
+template <class T>
 OTKD_DEVICE void log_cost_gradient(const Trace<T>& t, Part part) {
     const Problem<T>& p = t.p;
     const double of_transport = p.incoming(p.args.grad_transport_cost), of_dual = p.incoming(p.args.grad_regularized_cost);
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         for (int64_t j = lane_id(); j < p.m; j += 32) {
-            const double x = p.exponent(i, j), entry = exp(t.phi[i] + t.gamma[j] - x);
-            double rest = 0;
-            for (int64_t k = 0; k < t.steps; ++k) {
-                const double phi = t.phi_of(k)[i] - x;
-                rest += exp(phi + t.gamma_of(k)[j]) * t.w(k)[j] + exp(phi + t.before(k, j)) * t.z(k)[i];
-            }
-            const double slope = t.steps > 0 ? 1 - x : 1.0;
-            const double value = entry * (of_transport * slope + of_dual) + rest / p.args.epsilon;
-            p.grad_cost[i * p.m + j] = x == kInfinity ? T(0) : static_cast<T>(value);
+            p.grad_cost[i * p.m + j] = static_cast<T>(cost_gradient_entry(t, of_transport, of_dual, i, j));
         }
     }
 }

@@ -34,6 +34,15 @@ void sinkhorn_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& t
 template <class T>
 void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
 
+// The same with one cost for all problems, by products of matrices with exp(-C / epsilon); grad_cost is (n, m), their sum. The workspace is
+// negative where these kernels do not serve: few problems, small ones, and options other than plain iterations.
+template <class T>
+int64_t sinkhorn_shared_workspace_bytes(const SinkhornArgs<T>& args, bool backward);
+template <class T>
+void sinkhorn_shared_fwd(const SinkhornArgs<T>& args, const Target& target);
+template <class T>
+void sinkhorn_shared_bwd(const SinkhornArgs<T>& args, const Target& target);
+
 // Costs are always computed again: `stored` changes nothing. `gradient` may not be implicit.
 template <class T>
 int64_t sinkhorn_points_workspace_bytes(const SinkhornPointsArgs<T>& args, bool backward);

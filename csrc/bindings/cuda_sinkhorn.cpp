@@ -1,4 +1,4 @@
-// The part of bindings/cuda.cpp that has Sinkhorn between points.
+// The parts of bindings/cuda.cpp that have Sinkhorn between points and by products of matrices.
 #include "otkd_fast/cuda.h"
 
 #include "points_problems.h"
@@ -58,12 +58,56 @@ void apply_bwd(const Points& points, const Products& products, Address grad_out,
     });
 }
 
+// of transport_cost, regularized_cost, f, g; then those of cost, a, b
+using Gradients = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
+
+template <class T>
+SinkhornArgs<T> shared_args(const Problems& problems, int gradient) {
+    SinkhornArgs<T> args{};
+    set_problems(args, problems);
+    if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
+    return args;
+}
+
+int64_t shared_workspace(const Problems& problems, int gradient) {
+    return with_type(dtype_of(problems), [&](auto type) {
+        return cuda::sinkhorn_shared_workspace_bytes(shared_args<decltype(type)>(problems, gradient), gradient >= 0);
+    });
+}
+
+void shared_forward(const Problems& problems, const Outputs& outputs, const Place& place) {
+    with_type(dtype_of(problems), [&](auto type) {
+        using T = decltype(type);
+        SinkhornArgs<T> args = shared_args<T>(problems, -1);
+        set_outputs(args, outputs);
+        cuda::sinkhorn_shared_fwd(args, target_of(place));
+    });
+}
+
+void shared_backward(const Problems& problems, int gradient, const Gradients& gradients, const Place& place) {
+    with_type(dtype_of(problems), [&](auto type) {
+        using T = decltype(type);
+        SinkhornArgs<T> args = shared_args<T>(problems, gradient);
+        args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
+        args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
+        args.grad_f = pointer<T>(std::get<2>(gradients));
+        args.grad_g = pointer<T>(std::get<3>(gradients));
+        args.grad_cost = pointer<T>(std::get<4>(gradients));
+        args.grad_a = pointer<T>(std::get<5>(gradients));
+        args.grad_b = pointer<T>(std::get<6>(gradients));
+        cuda::sinkhorn_shared_bwd(args, target_of(place));
+    });
+}
+
 }  // namespace
 
-void bind_cuda_points(pybind11::module_& module) {
+void bind_cuda_sinkhorn(pybind11::module_& module) {
     module.def("sinkhorn_points_workspace", &workspace_bytes);
     module.def("sinkhorn_points_fwd", &forward);
     module.def("sinkhorn_points_bwd", &backward);
+    module.def("sinkhorn_shared_workspace", &shared_workspace);
+    module.def("sinkhorn_shared_fwd", &shared_forward);
+    module.def("sinkhorn_shared_bwd", &shared_backward);
     module.def("plan_apply_workspace", &apply_workspace_bytes);
     module.def("plan_apply", &apply);
     module.def("plan_apply_bwd", &apply_bwd);
