@@ -400,8 +400,8 @@ def _bwd_cuda(
     grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
     gradient: str, need_cost: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As the forward; by the dense op's kernels the gradient of the cost is made a few problems at a time and added up in
-    their order.
+    """As the forward; by the dense op's kernels the gradient of the cost is made a few problems at a time and added up
+    in their order.
     """
     options = (epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient)
     tensors = (a, b, initial_f, initial_g, grad_transport_cost, grad_regularized_cost, grad_f, grad_g)

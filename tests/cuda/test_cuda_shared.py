@@ -63,9 +63,8 @@ def test_a_plan_that_is_a_constant(guarded, generator):
 
 @pytest.mark.parametrize("epsilon", [0.2, 0.004], ids=["some", "all"])
 def test_ranges_beyond_scalings(epsilon, guarded, generator):
-    """Found on the device, problem by problem: those are solved in the log domain, and add their part of the gradient."""
-    problem = shared_problem(3, 193, generator)
-    problem = wide_reaching(problem)
+    """Found on the device, problem by problem: those go to the log domain, and add their part of the gradient."""
+    problem = wide_reaching(shared_problem(3, 193, generator))
     gradient = "unroll" if epsilon == 0.2 else "last_step"
     solve_both(problem, F32, guarded, epsilon=epsilon, num_iters=2, gradient=gradient)
 
@@ -82,12 +81,12 @@ def test_potentials_to_start_from(guarded, generator):
     problem = shared_problem(3, 193, generator, zeros=True)
     f, g = (torch.randn(65, size, generator=generator, dtype=F64) for size in (3, 193))
     for update_first in "ab":
-        solve_both(problem, F64, guarded, epsilon=0.3, num_iters=2, initial_potentials=(f, g), update_first=update_first)
+        options = {"initial_potentials": (f, g), "update_first": update_first}
+        solve_both(problem, F64, guarded, epsilon=0.3, num_iters=2, **options)
 
 
 def test_the_order_of_threads_does_not_matter(emulated, guarded, generator):
-    problem = shared_problem(3, 193, generator)
-    problem = wide_reaching(problem)
+    problem = wide_reaching(shared_problem(3, 193, generator))
     first = None
     for order in (0, 1, 2, 3):
         emulated.set_order(order)
