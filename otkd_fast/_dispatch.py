@@ -49,6 +49,7 @@ KERNELS = {
         "sinkhorn",
         "sinkhorn_shared",
         "sinkhorn_ragged",
+        "sinkhorn_points",
         "sinkd",
         "polar",
         "sqrtm",
@@ -76,6 +77,7 @@ WITHOUT = {
     ("sinkhorn_shared", "gradient='implicit'"): ("cuda",),
     ("sinkhorn_shared", "guards"): ("cuda", "triton"),
     ("sinkhorn_ragged", "gradient='implicit'"): ("cuda",),
+    ("sinkhorn_points", "gradient='implicit'"): ("cuda",),
 }
 
 # where the kernels of a backend leave a part of a case to the reference, for `explain`
@@ -92,8 +94,10 @@ _LEFT_TO_REFERENCE = {
 # up to which size one launch solves a problem, for `explain`
 _ONE_LAUNCH = {
     ("sinkhorn", "cuda"): "192 x 192 (float64: 128 x 128); beyond, each half-iteration is a launch",
-    ("sinkhorn_shared", "cuda"): "192 x 192 (float64: 128 x 128); beyond, each half-iteration is a launch",
+    ("sinkhorn_shared", "cuda"): "192 x 192 (float64: 128 x 128); beyond, each half-iteration is a launch, or two by "
+    "products of matrices where there are 64 problems or more",
     ("sinkhorn_ragged", "cuda"): "128 x 128 with the kernel in registers, beyond in the log domain, a block a problem",
+    ("sinkhorn_points", "cuda"): "64 x 64, many problems up to 256 x 256; beyond, each half-iteration is two launches",
     ("sinkd", "cuda"): "128 x 128 of rows of 1024; beyond, cost, iterations and gradient are launches of their own",
     ("polar", "cuda"): "160 x 160 (float64: 112 x 112) where shared memory holds it; beyond, three launches a step",
 }

@@ -40,6 +40,7 @@ void bind_gaussian(pybind11::module_& module);
 void bind_moments(pybind11::module_& module);
 void bind_polar(pybind11::module_& module);
 void bind_sqrtm(pybind11::module_& module);
-void bind_cuda(pybind11::module_& module);  // where OTKD_FAST_WITH_CUDA is defined
+void bind_cuda(pybind11::module_& module);         // where OTKD_FAST_WITH_CUDA is defined
+void bind_cuda_sinkhorn(pybind11::module_& module);  // called by bind_cuda
 
 }  // namespace otkd_fast

@@ -347,6 +347,7 @@ void bind_cuda(pybind11::module_& module) {
     module.def("cost_matrix_ragged_workspace", &points_workspace);
     module.def("cost_matrix_ragged_fwd", &points_forward);
     module.def("cost_matrix_ragged_bwd", &points_backward);
+    bind_cuda_sinkhorn(module);
     module.def("sinkd_workspace", &loss_workspace);
     module.def("sinkd_value_and_grad", &loss_and_gradient);
     module.def("polar_workspace", &polar_workspace);

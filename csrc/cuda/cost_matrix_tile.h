@@ -10,9 +10,6 @@ constexpr int kTile = 64, kStage = 16, kLine = kTile + 1, kThreads = 256, kSumDe
 constexpr int kGradRows = 32, kGradDepth = 64, kGradStage = 16;
 constexpr int64_t kWantedBlocks = 264, kSplitDepth = 512;
 
-OTKD_DEVICE float exp_of(float x) { return expf(x); }
-OTKD_DEVICE double exp_of(double x) { return exp(x); }
-
 template <class T>
 struct Plan {
     CostMatrixArgs<T> args;

@@ -24,6 +24,7 @@
 #define OTKD_CALL __device__ __noinline__
 #define OTKD_CONSTANT const __grid_constant__
 #define OTKD_UNROLL _Pragma("unroll")
+#define OTKD_UNROLL_4 _Pragma("unroll 4")
 
 namespace otkd_fast {
 namespace cuda {
@@ -113,10 +114,16 @@ namespace cuda {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kLog2E = 1.4426950408889634074;
 
 OTKD_DEVICE int lane_id() { return thread_id() & 31; }
 OTKD_DEVICE int warp_id() { return thread_id() >> 5; }
 OTKD_DEVICE int block_warps() { return block_threads() >> 5; }
+
+OTKD_DEVICE float exp_of(float x) { return expf(x); }
+OTKD_DEVICE double exp_of(double x) { return exp(x); }
+OTKD_DEVICE float exp2_of(float x) { return exp2f(x); }
+OTKD_DEVICE double exp2_of(double x) { return exp2(x); }
 
 template <class S>
 OTKD_BOTH S larger(S a, S b) {

@@ -96,20 +96,24 @@ OTKD_DEVICE void log_width(const Problem<T>& p, double* shared) {
     if (thread_id() == 0) p.state()->wide = !(range <= Limits<T>::kRange);
 }
 
+template <class T>
+OTKD_DEVICE void update_row(const Problem<T>& p, int64_t i, double lse, int64_t k) {
+    const double own = p.mass_a(i);
+    const bool served = own > 0 && lse != -kInfinity;
+    const double next =
+        served ? relaxed(p.phi()[i], log(own) - p.penalty_a().lambda() * lse, p.state()->omega) : -kInfinity;
+    p.phi()[i] = next;
+    if (p.args.keep == Keep::all) p.template kept_u<double>(k)[i] = next;
+}
+
 template <class E, class T>
 OTKD_DEVICE void log_rows(const Problem<T>& p, Part part, int64_t k) {
     if (!p.state()->running) return;
-    const double omega = p.state()->omega, lambda = p.penalty_a().lambda();
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         RunningSum<E> sum;
         for (int64_t j = lane_id(); j < p.m; j += 32) sum.add(p.gamma()[j] - p.exponent(i, j));
         sum.over_warp();
-        if (lane_id() != 0) continue;
-        const double own = p.mass_a(i), lse = sum.log_sum();
-        const bool served = own > 0 && lse != -kInfinity;
-        const double next = served ? relaxed(p.phi()[i], log(own) - lambda * lse, omega) : -kInfinity;
-        p.phi()[i] = next;
-        if (p.args.keep == Keep::all) p.template kept_u<double>(k)[i] = next;
+        if (lane_id() == 0) update_row(p, i, sum.log_sum(), k);
     }
 }
 

@@ -43,10 +43,21 @@ OTKD_DEVICE double inverse_sum(double mass, double potential, double lambda) {
     return lambda * exp(-(lambda == 1 ? level : potential + (level - potential) / lambda));
 }
 
+// The adjoint of row i's last potential from its sums in the plan: the mass, and what it moves times X.
+template <class T>
+OTKD_DEVICE void first_row(const Trace<T>& t, int64_t i, double mass, double moved) {
+    const Problem<T>& p = t.p;
+    const double of_transport = p.incoming(p.args.grad_transport_cost), of_dual = p.incoming(p.args.grad_regularized_cost);
+    const double own = p.mass_a(i);
+    const bool served = t.phi[i] > -kInfinity;
+    const double target = served ? own * p.penalty_a().kept(t.phi[i] - log(own)) : 0.0;
+    p.first()[i] = served ? p.args.epsilon * (of_transport * moved + of_dual * (target - mass) + p.incoming_f(i)) : 0.0;
+    p.sum_phi()[i] = 0;
+}
+
 template <class T>
 OTKD_DEVICE void first_rows(const Trace<T>& t, Part part) {
     const Problem<T>& p = t.p;
-    const double of_transport = p.incoming(p.args.grad_transport_cost), of_dual = p.incoming(p.args.grad_regularized_cost);
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         double mass = 0, moved = 0;
         for (int64_t j = lane_id(); j < p.m; j += 32) {
@@ -56,12 +67,7 @@ OTKD_DEVICE void first_rows(const Trace<T>& t, Part part) {
         }
         mass = warp_sum(mass);
         moved = warp_sum(moved);
-        if (lane_id() != 0) continue;
-        const double own = p.mass_a(i);
-        const bool served = t.phi[i] > -kInfinity;
-        const double target = served ? own * p.penalty_a().kept(t.phi[i] - log(own)) : 0.0;
-        p.first()[i] = served ? p.args.epsilon * (of_transport * moved + of_dual * (target - mass) + p.incoming_f(i)) : 0.0;
-        p.sum_phi()[i] = 0;
+        if (lane_id() == 0) first_row(t, i, mass, moved);
     }
 }
 
@@ -73,6 +79,27 @@ OTKD_DEVICE void column_adjoint(const Trace<T>& t, int64_t k, int64_t j, double 
     const bool used = potential > -kInfinity;
     p.sum_gamma()[j] += used ? bar : 0.0;
     t.w(k)[j] = used ? bar * inverse_sum(p.mass_b(j), potential, p.penalty_b().lambda()) : 0.0;
+}
+
+// The same for the last step, from what column j of the plan moves times X.
+template <class T>
+OTKD_DEVICE void first_column(const Trace<T>& t, int64_t j, double moved) {
+    const Problem<T>& p = t.p;
+    const bool used = t.gamma[j] > -kInfinity;
+    p.sum_gamma()[j] = 0;
+    const double bar = p.incoming(p.args.grad_transport_cost) * moved + p.incoming_g(j);
+    column_adjoint(t, t.steps - 1, j, used ? p.args.epsilon * bar : 0.0);
+}
+
+// z of row i in step k from its sum Q w.
+template <class T>
+OTKD_DEVICE void row_adjoint(const Trace<T>& t, int64_t k, int64_t i, double sum) {
+    const Problem<T>& p = t.p;
+    const double potential = t.phi_of(k)[i];
+    const bool used = potential > -kInfinity;
+    const double bar = used ? (k == t.steps - 1 ? p.first()[i] : 0.0) - sum : 0.0;
+    p.sum_phi()[i] += bar;
+    t.z(k)[i] = used ? bar * inverse_sum(p.mass_a(i), potential, p.penalty_a().lambda()) : 0.0;
 }
 
 // Sums of `entry(i, j)` over the rows for 32 columns at a time, then `finish(j, sum)`.
@@ -95,18 +122,13 @@ OTKD_DEVICE void for_columns(const Problem<T>& p, Part part, double* shared, Ent
 template <class T>
 OTKD_DEVICE void first_columns(const Trace<T>& t, Part part, double* shared) {
     const Problem<T>& p = t.p;
-    const double of_transport = p.incoming(p.args.grad_transport_cost);
     for_columns(
         p, part, shared,
         [&](int64_t i, int64_t j) {
             const double x = p.exponent(i, j), entry = exp(t.phi[i] + t.gamma[j] - x);
             return entry != 0 ? entry * x : 0.0;
         },
-        [&](int64_t j, double sum) {
-            const bool used = t.gamma[j] > -kInfinity;
-            p.sum_gamma()[j] = 0;
-            column_adjoint(t, t.steps - 1, j, used ? p.args.epsilon * (of_transport * sum + p.incoming_g(j)) : 0.0);
-        });
+        [&](int64_t j, double sum) { first_column(t, j, sum); });
 }
 
 template <class T>
@@ -118,11 +140,7 @@ OTKD_DEVICE void adjoint_rows(const Trace<T>& t, Part part, int64_t k) {
         double sum = 0;
         for (int64_t j = lane_id(); j < p.m; j += 32) sum += exp(phi[i] + gamma[j] - p.exponent(i, j)) * w[j];
         sum = warp_sum(sum);
-        if (lane_id() != 0) continue;
-        const bool used = phi[i] > -kInfinity;
-        const double bar = used ? (k == t.steps - 1 ? p.first()[i] : 0.0) - sum : 0.0;
-        p.sum_phi()[i] += bar;
-        t.z(k)[i] = used ? bar * inverse_sum(p.mass_a(i), phi[i], p.penalty_a().lambda()) : 0.0;
+        if (lane_id() == 0) row_adjoint(t, k, i, sum);
     }
 }
 
@@ -138,20 +156,25 @@ OTKD_DEVICE void adjoint_columns(const Trace<T>& t, Part part, int64_t k, double
 }
 
 template <class T>
+OTKD_DEVICE double cost_gradient_entry(const Trace<T>& t, double of_transport, double of_dual, int64_t i, int64_t j) {
+    const Problem<T>& p = t.p;
+    const double x = p.exponent(i, j), entry = exp(t.phi[i] + t.gamma[j] - x);
+    double rest = 0;
+    for (int64_t k = 0; k < t.steps; ++k) {
+        const double phi = t.phi_of(k)[i] - x;
+        rest += exp(phi + t.gamma_of(k)[j]) * t.w(k)[j] + exp(phi + t.before(k, j)) * t.z(k)[i];
+    }
+    const double slope = t.steps > 0 ? 1 - x : 1.0;
+    return x == kInfinity ? 0.0 : entry * (of_transport * slope + of_dual) + rest / p.args.epsilon;
+}
+
+template <class T>
 OTKD_DEVICE void log_cost_gradient(const Trace<T>& t, Part part) {
     const Problem<T>& p = t.p;
     const double of_transport = p.incoming(p.args.grad_transport_cost), of_dual = p.incoming(p.args.grad_regularized_cost);
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         for (int64_t j = lane_id(); j < p.m; j += 32) {
-            const double x = p.exponent(i, j), entry = exp(t.phi[i] + t.gamma[j] - x);
-            double rest = 0;
-            for (int64_t k = 0; k < t.steps; ++k) {
-                const double phi = t.phi_of(k)[i] - x;
-                rest += exp(phi + t.gamma_of(k)[j]) * t.w(k)[j] + exp(phi + t.before(k, j)) * t.z(k)[i];
-            }
-            const double slope = t.steps > 0 ? 1 - x : 1.0;
-            const double value = entry * (of_transport * slope + of_dual) + rest / p.args.epsilon;
-            p.grad_cost[i * p.m + j] = x == kInfinity ? T(0) : static_cast<T>(value);
+            p.grad_cost[i * p.m + j] = static_cast<T>(cost_gradient_entry(t, of_transport, of_dual, i, j));
         }
     }
 }

@@ -8,9 +8,6 @@ namespace otkd_fast {
 namespace cuda {
 namespace {
 
-OTKD_DEVICE float exp_of(float x) { return expf(x); }
-OTKD_DEVICE double exp_of(double x) { return exp(x); }
-
 // A penalty rho on a marginal, infinite for a constraint; `relative` is f' / epsilon = phi - log mass.
 struct Penalty {
     double rho, epsilon;
@@ -126,6 +123,14 @@ struct Problem {
         return fabs(given) < kInfinity ? given * per_epsilon : 0.0;
     }
 };
+
+template <class T>
+Batch<T> make_batch(const SinkhornArgs<T>& args, bool shared_cost, bool backward) {
+    const int64_t most = args.gradient == Gradient::unroll ? args.num_iters : args.gradient == Gradient::last_step;
+    const int64_t steps = backward ? most : 0;
+    return {args, shared_cost ? 0 : args.n * args.m, history_stride(args),
+            Problem<T>::doubles(args.n, args.m, steps, backward), steps};
+}
 
 // One side of the outputs, added up by the threads of a block.
 struct SideSums {

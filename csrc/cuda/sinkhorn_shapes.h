@@ -20,14 +20,6 @@ template <class T>
 using Middle = Shape<sizeof(T) / 4, 8, 4, 64 / sizeof(T)>;  // 128 x 128, in double by half of the warps
 using Wide = Shape<2, 8, 6, 12>;
 
-template <class T>
-Batch<T> make_batch(const SinkhornArgs<T>& args, bool shared_cost, bool backward) {
-    const int64_t most = args.gradient == Gradient::unroll ? args.num_iters : args.gradient == Gradient::last_step;
-    const int64_t steps = backward ? most : 0;
-    return {args, shared_cost ? 0 : args.n * args.m, history_stride(args),
-            Problem<T>::doubles(args.n, args.m, steps, backward), steps};
-}
-
 template <class S, class T>
 int64_t tile_shared_bytes(int warps) {
     return larger(TileMemory<T, S::kColumns>::bytes(warps), log_shared_bytes(warps * 32));

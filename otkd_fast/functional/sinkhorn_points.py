@@ -51,7 +51,7 @@ def sinkhorn_points(
     iterations run, the matrix exp(-C / epsilon) is kept (storage 'stored') or computed again in every iteration
     ('streamed': O((n + m) d) memory, with gradient='unroll' and num_iters (n + m) float64 more; for n and m to
     100 000). 'auto' keeps it while n m is at most 2^28, 1 GiB in float32. The storage does not change the result beyond
-    rounding.
+    rounding. Only the CPU's kernels and the reference keep it; those of a GPU always stream.
 
     Args:
         x: (..., n, d), float16, bfloat16, float32 or float64.
@@ -97,7 +97,7 @@ def sinkhorn_points(
     initial = check_initial_potentials(initial_potentials, batch, n, m, x)
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
     stored = n * m <= MOST_STORED if storage == "auto" else storage == "stored"
-    backend = resolve("sinkhorn_points", x.device, backend)
+    backend = resolve("sinkhorn_points", x.device, backend, "gradient='implicit'" if gradient == "implicit" else None)
     solve = _reference if backend == "reference" else partial(compiled.solve, backend)
     if epsilon_schedule is not None:
         constants = [None if tensor is None else tensor.detach() for tensor in (x, y, a, b)]

@@ -1,9 +1,10 @@
 """Sinkhorn between points: ``sinkhorn_points_fwd`` and ``_bwd``, and the product of the plan with a matrix
 (..., m, k) -> (..., n, k), ``sinkhorn_points_apply``, with ``_apply_bwd`` for its gradient by the points
-(kernels: ``csrc/cpu/sinkhorn_points.cpp``).
+(kernels: ``csrc/cpu/sinkhorn_points.cpp``, ``csrc/cuda/sinkhorn_points.cu``, ``csrc/cuda/plan_apply.cu``).
 
 As in ``ops/sinkhorn.py`` the kernels update rows first; columns first is the problem with x and y exchanged. ``stored``
-lets the kernel exp(-C / epsilon) stay in memory during a call; it changes nothing else.
+lets the kernel exp(-C / epsilon) stay in memory during a call; it changes nothing else. The kernels for GPUs never
+store it.
 """
 
 from __future__ import annotations
@@ -188,12 +189,120 @@ def _apply_bwd_cpu(
     return (grad_y, grad_x) if transpose else (grad_x, grad_y)
 
 
+def _fwd_cuda(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    metric: str, epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
+    update_a_first: bool, keep: int, stored: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    outputs = _fwd_fake(
+        x, y, a, b, initial_f, initial_g, metric, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b,
+        update_a_first, keep, stored,
+    )  # fmt: skip
+    transport_cost, regularized_cost, f, g, marginal_error, iterations, history = outputs
+    if not update_a_first:
+        x, y, a, b, initial_f, initial_g, f, g = y, x, b, a, initial_g, initial_f, g, f
+        penalty_a, penalty_b = penalty_b, penalty_a
+    if marginal_error.numel():
+        x, y, *operands = (contiguous(tensor) for tensor in (x, y, a, b, initial_f, initial_g))
+        points, options = _points(x, y, metric), (epsilon, tol, relaxation, penalty_a, penalty_b)
+        problems = _problems(x, y, operands, history, num_iters, keep, options)
+        problems, scratch = _on_device(x, points, problems, _FORWARD)
+        results = (transport_cost, regularized_cost, f, g, marginal_error, iterations)
+        results = tuple(address(tensor) for tensor in results)
+        _library.launch("sinkhorn_points", x, "sinkhorn_points_fwd", points, problems, results)
+    return outputs
+
+
+def _on_device(like: Tensor, points: tuple, problems: tuple, gradient: int) -> tuple[tuple, Tensor]:
+    """The problems with a workspace on the device, and that, which has to outlive the call."""
+    num_bytes = _library.cuda.sinkhorn_points_workspace(points, problems, gradient)
+    scratch = _library.cuda_workspace(like, num_bytes)
+    return (*problems[:7], address(scratch), *problems[8:]), scratch
+
+
+def _bwd_cuda(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
+    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
+    grad_g: Tensor | None, metric: str, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float,
+    update_a_first: bool, gradient: str, stored: bool, need_x: bool, need_y: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if gradient == "implicit":
+        raise NotImplementedError("sinkhorn_points_bwd: no implicit gradient on CUDA; the reference computes it")
+    grads = _bwd_fake(
+        x, y, a, b, initial_f, initial_g, history, grad_transport_cost, grad_regularized_cost, grad_f, grad_g, metric,
+        epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, stored, need_x, need_y, need_a, need_b,
+    )  # fmt: skip
+    grad_x, grad_y, grad_a, grad_b = grads
+    if not update_a_first:
+        x, y, a, b, initial_f, initial_g, grad_f, grad_g = y, x, b, a, initial_g, initial_f, grad_g, grad_f
+        penalty_a, penalty_b = penalty_b, penalty_a
+        grad_x, grad_y, grad_a, grad_b = grad_y, grad_x, grad_b, grad_a
+    batch, n, m, _ = _sizes(x, y)
+    if history.shape[-1] != history_size(n, m, num_iters, KEEP[gradient]):
+        raise ValueError(f"history: expected that of a forward with keep={KEEP[gradient]}, got {tuple(history.shape)}")
+    if _library.product(batch):
+        history = history.contiguous()
+        x, y, *operands = (contiguous(tensor) for tensor in (x, y, a, b, initial_f, initial_g))
+        incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
+        points, options, mode = _points(x, y, metric), (epsilon, 0.0, 1.0, penalty_a, penalty_b), GRADIENTS[gradient]
+        problems = _problems(x, y, operands, history, num_iters, KEEP[gradient], options)
+        problems, scratch = _on_device(x, points, problems, mode)
+        results = (address(grad) if grad.numel() else 0 for grad in (grad_x, grad_y, grad_a, grad_b))
+        tensors = (*map(address, incoming), *results)
+        _library.launch("sinkhorn_points", x, "sinkhorn_points_bwd", points, problems, mode, tensors)
+    return grads
+
+
+def _products_on_device(
+    x: Tensor, y: Tensor, f: Tensor, g: Tensor, v: Tensor, out: Tensor | None, metric: str, epsilon: float
+) -> tuple[tuple, tuple, Tensor]:  # fmt: skip
+    """As `_products`, for the CUDA half."""
+    batch, n, m, _ = _sizes(x, y)
+    points = _points(x, y, metric)
+    head = (_library.dtype_code(x), *(address(tensor) for tensor in (f, g, v, out)))
+    sizes = (_library.product(batch), n, m, v.shape[-1], epsilon, 1)
+    scratch = _library.cuda_workspace(x, _library.cuda.plan_apply_workspace(points, (*head, 0, *sizes)))
+    return points, (*head, address(scratch), *sizes), scratch
+
+
+def _apply_cuda(
+    x: Tensor, y: Tensor, f: Tensor, g: Tensor, v: Tensor, metric: str, epsilon: float, transpose: bool
+) -> Tensor:
+    out = _apply_fake(x, y, f, g, v, metric, epsilon, transpose)
+    if transpose:
+        x, y, f, g = y, x, g, f
+    if out.numel():
+        x, y, f, g, v = (tensor.contiguous() for tensor in (x, y, f, g, v))
+        points, products, scratch = _products_on_device(x, y, f, g, v, out, metric, epsilon)
+        _library.launch("plan_apply", x, "plan_apply", points, products)
+    return out
+
+
+def _apply_bwd_cuda(
+    x: Tensor, y: Tensor, f: Tensor, g: Tensor, v: Tensor, grad_out: Tensor, metric: str, epsilon: float,
+    transpose: bool, need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not v.shape[-1]:
+        return x.new_zeros(x.shape if need_x else (0,)), x.new_zeros(y.shape if need_y else (0,))
+    grads = _apply_bwd_fake(x, y, f, g, v, grad_out, metric, epsilon, transpose, need_x, need_y)
+    grad_x, grad_y = grads
+    if transpose:
+        x, y, f, g, grad_x, grad_y = y, x, g, f, grad_y, grad_x
+    if grad_x.numel() or grad_y.numel():
+        x, y, f, g, v, grad_out = (tensor.contiguous() for tensor in (x, y, f, g, v, grad_out))
+        points, products, scratch = _products_on_device(x, y, f, g, v, None, metric, epsilon)
+        results = (address(grad) if grad.numel() else 0 for grad in (grad_x, grad_y))
+        _library.launch("plan_apply", x, "plan_apply_bwd", points, products, address(grad_out), *results)
+    return grads
+
+
 _library.register(
     "sinkhorn_points_fwd(Tensor x, Tensor y, Tensor? a, Tensor? b, Tensor? initial_f, Tensor? initial_g, str metric, "
     "float epsilon, int num_iters, float tol, float relaxation, float penalty_a, float penalty_b, "
     "bool update_a_first, int keep, bool stored) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
     _fwd_cpu,
+    cuda=_fwd_cuda,
     triton="sinkhorn_points:sinkhorn_points_fwd",
 )
 _library.register(
@@ -203,6 +312,7 @@ _library.register(
     "bool stored, bool need_x, bool need_y, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
     _bwd_cpu,
+    cuda=_bwd_cuda,
     triton="sinkhorn_points:sinkhorn_points_bwd",
 )
 _library.register(
@@ -210,6 +320,7 @@ _library.register(
     "bool transpose) -> Tensor",
     _apply_fake,
     _apply_cpu,
+    cuda=_apply_cuda,
     triton="sinkhorn_points:sinkhorn_points_apply",
 )
 _library.register(
@@ -217,5 +328,6 @@ _library.register(
     "float epsilon, bool transpose, bool need_x, bool need_y) -> (Tensor, Tensor)",
     _apply_bwd_fake,
     _apply_bwd_cpu,
+    cuda=_apply_bwd_cuda,
     triton="sinkhorn_points:sinkhorn_points_apply_bwd",
 )

@@ -340,14 +340,58 @@ def _fwd_cuda(
     epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
     update_a_first: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The kernels of the dense op, each problem reading the one cost; its history in the part of those solved apart."""
+    """By products of matrices where those kernels serve, else the kernels of the dense op, each problem reading the one
+    cost. The history is that of the dense op, in the part of the problems solved apart.
+    """
     options = (epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep)
     outputs = _fwd_fake(cost, a, b, initial_f, initial_g, *options)
     *results, history = outputs
+    batch = _batch(a, b)
     if keep:
-        history = _History(history, cost, _batch(a, b), num_iters, keep).scalings_apart()
-    sinkhorn.forward_on_device((*results, history), cost, a, b, initial_f, initial_g, *options)
+        history = _History(history, cost, batch, num_iters, keep).scalings_apart()
+    if not _together_on_device((*results, history), cost, a, b, initial_f, initial_g, *options):
+        sinkhorn.forward_on_device((*results, history), cost, a, b, initial_f, initial_g, *options)
     return outputs
+
+
+def _together_on_device(
+    outputs: tuple[Tensor, ...], cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None,
+    initial_g: Tensor | None, epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float,
+    penalty_b: float, update_a_first: bool, keep: int,
+) -> bool:  # fmt: skip
+    """Fill the outputs by products of matrices; False: those kernels do not serve these problems."""
+    transport_cost, regularized_cost, f, g, marginal_error, iterations, history = outputs
+    if not update_a_first:
+        cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
+        penalty_a, penalty_b = penalty_b, penalty_a
+    operands = [contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g)]
+    options = (epsilon, tol, relaxation, penalty_a, penalty_b)
+    problems = _problems_on_device(operands, history, len(f), num_iters, keep, options)
+    problems, scratch = _with_workspace_on_device(problems, cost, -1)
+    if problems is None:
+        return False
+    results = (transport_cost, regularized_cost, f, g, marginal_error, iterations)
+    results = tuple(address(tensor) for tensor in results)
+    _library.launch("sinkhorn_shared", cost, "sinkhorn_shared_fwd", problems, results)
+    return True
+
+
+def _problems_on_device(operands, history: Tensor, batch: int, num_iters: int, keep: int, options) -> tuple:
+    """As in ``ops/sinkhorn.py``, of `batch` problems with one cost."""
+    n, m = operands[0].shape
+    return (
+        _library.dtype_code(operands[0]), *map(address, operands), address(history), 0, batch, n, m, num_iters, keep,
+        *options, 1,
+    )  # fmt: skip
+
+
+def _with_workspace_on_device(problems: tuple, like: Tensor, gradient: int) -> tuple[tuple | None, Tensor | None]:
+    """The problems with a workspace, and that, which has to outlive the call; None: not by products of matrices."""
+    num_bytes = _library.cuda.sinkhorn_shared_workspace(problems, gradient)
+    if num_bytes < 0:
+        return None, None
+    scratch = _library.cuda_workspace(like, num_bytes)
+    return (*problems[:7], address(scratch), *problems[8:]), scratch
 
 
 def _bwd_cuda(
@@ -356,13 +400,17 @@ def _bwd_cuda(
     grad_g: Tensor | None, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float, update_a_first: bool,
     gradient: str, need_cost: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradient of the cost is made a few problems at a time and added up in their order."""
+    """As the forward; by the dense op's kernels the gradient of the cost is made a few problems at a time and added up
+    in their order.
+    """
     options = (epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient)
     tensors = (a, b, initial_f, initial_g, grad_transport_cost, grad_regularized_cost, grad_f, grad_g)
     batch, (n, m) = _batch(a, b), cost.shape
     grad_cost = cost.new_zeros((n, m) if need_cost else (0,))
     grad_a, grad_b = cost.new_empty((batch, n) if need_a else (0,)), cost.new_empty((batch, m) if need_b else (0,))
     history = _History(history.contiguous(), cost, batch, num_iters, sinkhorn.KEEP[gradient]).scalings_apart()
+    if _differentiated_on_device((grad_cost, grad_a, grad_b), cost, history, tensors, options):
+        return grad_cost, grad_a, grad_b
     chunk = max(1, 4 * CHUNK_ENTRIES // cost.numel()) if need_cost else max(batch, 1)
     for begin in range(0, batch, chunk):
         part = slice(begin, min(begin + chunk, batch))
@@ -374,6 +422,32 @@ def _bwd_cuda(
         if need_cost:
             grad_cost += apart.sum(0) if update_a_first else apart.sum(0).mT
     return grad_cost, grad_a, grad_b
+
+
+def _differentiated_on_device(grads, cost: Tensor, history: Tensor, tensors: tuple, options: tuple) -> bool:
+    """Fill the gradients that are not empty by products of matrices; False: those kernels do not serve."""
+    a, b, initial_f, initial_g, of_transport, of_dual, of_f, of_g = tensors
+    epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient = options
+    if gradient == "implicit":
+        return False
+    grad_cost, grad_a, grad_b = grads
+    if not update_a_first:
+        cost, a, b, initial_f, initial_g, of_f, of_g = cost.mT, b, a, initial_g, initial_f, of_g, of_f
+        penalty_a, penalty_b, grad_a, grad_b = penalty_b, penalty_a, grad_b, grad_a
+    operands = [contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g)]
+    numbers = (epsilon, 0.0, 1.0, penalty_a, penalty_b)
+    mode, keep = sinkhorn.GRADIENTS[gradient], sinkhorn.KEEP[gradient]
+    problems = _problems_on_device(operands, history, len(history), num_iters, keep, numbers)
+    problems, scratch = _with_workspace_on_device(problems, cost, mode)
+    if problems is None:
+        return False
+    incoming = [contiguous(grad) for grad in (of_transport, of_dual, of_f, of_g)]
+    turned = grad_cost if update_a_first else grad_cost.new_empty(operands[0].shape if grad_cost.numel() else (0,))
+    results = (address(grad) if grad.numel() else 0 for grad in (turned, grad_a, grad_b))
+    _library.launch("sinkhorn_shared", cost, "sinkhorn_shared_bwd", problems, mode, (*map(address, incoming), *results))
+    if turned is not grad_cost and grad_cost.numel():
+        grad_cost.copy_(turned.mT)
+    return True
 
 
 _library.register(

@@ -18,7 +18,7 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 NAME = "otkd_fast_emulated"
 KERNELS = sorted(path for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.name != "device_info.cu")
 SOURCES = [*KERNELS, HERE / "emulator_settings.cpp", HERE / "faulty.cpp"]
-MODULE = [ROOT / "csrc" / "bindings" / "cuda.cpp", HERE / "module.cpp"]
+MODULE = [*(ROOT / "csrc" / "bindings" / name for name in ("cuda.cpp", "cuda_sinkhorn.cpp")), HERE / "module.cpp"]
 FLAGS = [
     "-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden",
     f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{HERE}", '-DOTKD_FAST_EMULATOR="emulator.h"',

@@ -10,6 +10,7 @@ import pytest
 
 from otkd_fast.functional import (
     _sinkhorn_function,
+    _sinkhorn_points_function,
     _sinkhorn_ragged_function,
     cost_matrix,
     gaussian,
@@ -18,7 +19,7 @@ from otkd_fast.functional import (
     sinkd,
     sqrtm,
 )
-from otkd_fast.ops import _library, sinkhorn, sinkhorn_ragged, sinkhorn_shared
+from otkd_fast.ops import _library, sinkhorn, sinkhorn_points, sinkhorn_ragged, sinkhorn_shared
 from otkd_fast.ops import cost_matrix as cost_matrix_op
 from otkd_fast.ops import gaussian as gaussian_op
 from otkd_fast.ops import moments as moments_op
@@ -46,6 +47,11 @@ def replace(emulated, monkeypatch):
         ]
         table = getattr(_sinkhorn_ragged_function, name)
         monkeypatch.setitem(table, "cpu", getattr(sinkhorn_ragged, f"{function}_cuda"))
+    for name, function in (
+        ("_FORWARD", "_fwd"), ("_BACKWARD", "_bwd"), ("_APPLY", "_apply"), ("_APPLY_BACKWARD", "_apply_bwd"),
+    ):  # fmt: skip
+        table = getattr(_sinkhorn_points_function, name)
+        monkeypatch.setitem(table, "cpu", getattr(sinkhorn_points, f"{function}_cuda"))
     monkeypatch.setitem(cost_matrix._FORWARD, "cpu", cost_matrix_op._fwd_cuda)
     monkeypatch.setitem(cost_matrix._BACKWARD, "cpu", cost_matrix_op._bwd_cuda)
     monkeypatch.setitem(sinkd._VALUE_AND_GRAD, "cpu", sinkd_op._cuda)

@@ -35,6 +35,7 @@
 #define OTKD_CALL inline
 #define OTKD_CONSTANT const
 #define OTKD_UNROLL
+#define OTKD_UNROLL_4
 
 namespace otkd_fast {
 namespace cuda {

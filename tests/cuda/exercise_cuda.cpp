@@ -286,6 +286,72 @@ void packed(Metric metric, Gradient gradient, double epsilon) {
 }
 
 template <class T>
+void between_points(int64_t n, int64_t m, int64_t d, Metric metric, double epsilon, Gradient gradient, double tol) {
+    const int64_t batch = 2, columns = 3;
+    Buffer<T> x = noise<T>(batch * n * d, -1, 1), y = noise<T>(batch * m * d, -1, 1), transport(batch), dual(batch), f(batch * n), g(batch * m);
+    Buffer<T> error(batch), incoming = noise<T>(batch, 0.5, 1), grad_x(batch * n * d), grad_y(batch * m * d), grad_a(batch * n), grad_b(batch * m);
+    Buffer<int64_t> iterations(batch, 0);
+    SinkhornPointsArgs<T> args{};
+    args.x = x.get();
+    args.y = y.get();
+    args.d = d;
+    args.metric = metric;
+    args.batch = batch;
+    args.n = n;
+    args.m = m;
+    args.num_iters = 3;
+    args.epsilon = epsilon;
+    args.tol = tol;
+    args.keep = gradient == Gradient::unroll ? Keep::all : gradient == Gradient::last_step ? Keep::last_step : Keep::last;
+    args.gradient = gradient;
+    Buffer<double> history(batch * history_stride(args));
+    args.history = history.get();
+    args.transport_cost = transport.get();
+    args.regularized_cost = dual.get();
+    args.f = f.get();
+    args.g = g.get();
+    args.marginal_error = error.get();
+    args.iterations = iterations.get();
+    Buffer<unsigned char> memory = workspace(cuda::sinkhorn_points_workspace_bytes(args, false));
+    args.workspace = memory.get();
+    cuda::sinkhorn_points_fwd(args, kTarget);
+    Buffer<unsigned char> more = workspace(cuda::sinkhorn_points_workspace_bytes(args, true));
+    args.workspace = more.get();
+    args.grad_transport_cost = args.grad_regularized_cost = incoming.get();
+    args.grad_x = grad_x.get();
+    args.grad_y = grad_y.get();
+    args.grad_a = grad_a.get();
+    args.grad_b = grad_b.get();
+    cuda::sinkhorn_points_bwd(args, kTarget);
+    Buffer<T> v = noise<T>(batch * m * columns, -1, 1), out(batch * n * columns), grad_out = noise<T>(batch * n * columns, -1, 1);
+    Buffer<T> apply_x(batch * n * d), apply_y(batch * m * d);
+    PlanApplyArgs<T> apply{};
+    apply.x = args.x;
+    apply.y = args.y;
+    apply.f = args.f;
+    apply.g = args.g;
+    apply.v = v.get();
+    apply.out = out.get();
+    apply.batch = batch;
+    apply.n = n;
+    apply.m = m;
+    apply.d = d;
+    apply.columns = columns;
+    apply.metric = metric;
+    apply.epsilon = epsilon;
+    Buffer<unsigned char> rows = workspace(cuda::plan_apply_workspace_bytes(apply));
+    apply.workspace = rows.get();
+    cuda::plan_apply(apply, kTarget);
+    apply.grad_out = grad_out.get();
+    apply.grad_x = apply_x.get();
+    apply.grad_y = apply_y.get();
+    cuda::plan_apply_bwd(apply, kTarget);
+    for (Buffer<T>* result : {&transport, &dual, &f, &g, &error, &grad_x, &grad_y, &grad_a, &grad_b, &out, &apply_x, &apply_y}) {
+        result->expect_finite("points");
+    }
+}
+
+template <class T>
 void all() {
     for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
         costs<T>(metric, 3, 66, 18, 0);
@@ -313,6 +379,15 @@ void all() {
     packed<T>(Metric::l1, Gradient::unroll, 0.5);
     packed<T>(Metric::cosine, Gradient::unroll, 0.005);
     packed<T>(Metric::l2, Gradient::envelope, 0.5);
+    const int64_t clouds[][3] = {{1, 1, 1}, {3, 65, 5}, {70, 130, 3}, {34, 5, 261}};
+    for (const auto& size : clouds) {
+        for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
+            between_points<T>(size[0], size[1], size[2], metric, 0.1, Gradient::unroll, 0);
+        }
+        between_points<T>(size[0], size[1], size[2], Metric::l1, 2.0 * size[2], Gradient::unroll, 1e-3);
+        between_points<T>(size[0], size[1], size[2], Metric::cosine, 0.3, Gradient::envelope, 0);
+        between_points<T>(size[0], size[1], size[2], Metric::cosine, 0.3, Gradient::last_step, 0);
+    }
     moments<T>(2, 7, 7, 4, 1);
     moments<T>(2, 30, 9, 2, 1);
     moments<T>(1, 5, 70, 3, 9);

@@ -8,6 +8,7 @@
 #include "otkd_fast/ragged.h"
 #include "otkd_fast/sinkd.h"
 #include "otkd_fast/sinkhorn.h"
+#include "otkd_fast/sinkhorn_points.h"
 #include "otkd_fast/sqrtm.h"
 
 namespace otkd_fast {
@@ -32,6 +33,29 @@ template <class T>
 void sinkhorn_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
 template <class T>
 void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
+
+// The same with one cost for all problems, by products of matrices with exp(-C / epsilon); grad_cost is (n, m), their sum. The workspace is
+// negative where these kernels do not serve: few problems, small ones, and options other than plain iterations.
+template <class T>
+int64_t sinkhorn_shared_workspace_bytes(const SinkhornArgs<T>& args, bool backward);
+template <class T>
+void sinkhorn_shared_fwd(const SinkhornArgs<T>& args, const Target& target);
+template <class T>
+void sinkhorn_shared_bwd(const SinkhornArgs<T>& args, const Target& target);
+
+// Costs are always computed again: `stored` changes nothing. `gradient` may not be implicit.
+template <class T>
+int64_t sinkhorn_points_workspace_bytes(const SinkhornPointsArgs<T>& args, bool backward);
+template <class T>
+void sinkhorn_points_fwd(const SinkhornPointsArgs<T>& args, const Target& target);
+template <class T>
+void sinkhorn_points_bwd(const SinkhornPointsArgs<T>& args, const Target& target);
+template <class T>
+int64_t plan_apply_workspace_bytes(const PlanApplyArgs<T>& args);
+template <class T>
+void plan_apply(const PlanApplyArgs<T>& args, const Target& target);
+template <class T>
+void plan_apply_bwd(const PlanApplyArgs<T>& args, const Target& target);
 
 // Packed problems: offsets are on the device, too. Of the costs, n and m are the numbers of all rows and all columns.
 template <class T>
