@@ -118,21 +118,21 @@ OTKD_KERNEL(kFactorThreads) root_end(OTKD_CONSTANT LargeRoot<T> all) {
 }
 
 template <class T>
-OTKD_KERNEL(kFactorThreads) root_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> all) {
+OTKD_KERNEL(kJacobiThreads) root_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> all) {
     const SqrtmArgs<T>& args = all.args;
     const int64_t d = args.d, entries = d * d, index = block_id();
     if (!all.left[index]) return;
     const int exponent = all.exponent[index];
     BlockJacobi eigen(d, shared_memory(), all.inverse + index * entries);
     eigen.solve(SymmetricPart<T>(args.matrix + index * entries, d, exponent, 0));
-    for (int k = thread_id(); k < d; k += kFactorThreads) {
+    for (int k = thread_id(); k < d; k += kJacobiThreads) {
         const double value = eigen.values[k], root = value > 0 ? sqrt(value) : 0.0;
         const bool kept = value > eigen.norm * std::numeric_limits<T>::epsilon();
         eigen.values[k] = !args.inverse ? root : kept ? 1 / root : 0.0;
     }
     barrier();
     T* out = args.root + index * entries;
-    for (int64_t e = thread_id(); e < entries; e += kFactorThreads) {
+    for (int64_t e = thread_id(); e < entries; e += kJacobiThreads) {
         const int64_t i = e / d, j = e % d;
         if (j > i) continue;
         double sum = 0;
@@ -197,7 +197,7 @@ OTKD_KERNEL(kFactorThreads) adjoint_end(OTKD_CONSTANT LargeRoot<T> all) {
 enum class Form { plain, right_transposed, left_transposed };
 template <class X>
 OTKD_DEVICE void slow_product(const double* v, const X& x, int64_t d, Form form, double* out) {
-    for (int64_t e = thread_id(); e < d * d; e += kFactorThreads) {
+    for (int64_t e = thread_id(); e < d * d; e += kJacobiThreads) {
         const int64_t i = e / d, j = e % d;
         double sum = 0;
         for (int64_t k = 0; k < d; ++k) sum += v[form == Form::left_transposed ? k * d + i : i * d + k] * (form == Form::right_transposed ? x(j, k) : x(k, j));
@@ -207,7 +207,7 @@ OTKD_DEVICE void slow_product(const double* v, const X& x, int64_t d, Form form,
 }
 
 template <class T>
-OTKD_KERNEL(kFactorThreads) adjoint_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> all) {
+OTKD_KERNEL(kJacobiThreads) adjoint_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> all) {
     const SqrtmArgs<T>& args = all.args;
     const int64_t d = args.d, entries = d * d, index = block_id();
     if (!all.left[index]) return;
@@ -221,7 +221,7 @@ OTKD_KERNEL(kFactorThreads) adjoint_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> a
     const auto at = [&](const double* matrix) { return [=](int64_t i, int64_t j) { return matrix[i * d + j]; }; };
     slow_product(V, grad, d, Form::plain, one);
     slow_product(one, at(V), d, Form::right_transposed, two);
-    for (int64_t e = thread_id(); e < entries; e += kFactorThreads) {
+    for (int64_t e = thread_id(); e < entries; e += kJacobiThreads) {
         const double left = eigen.values[e / d], right = eigen.values[e % d];
         const double root = left > 0 ? sqrt(left) : 0.0, its = right > 0 ? sqrt(right) : 0.0;
         if (args.inverse) two[e] = left > level && right > level ? -two[e] / (root + its) / root / its : 0.0;
@@ -230,7 +230,7 @@ OTKD_KERNEL(kFactorThreads) adjoint_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> a
     barrier();
     slow_product(two, at(V), d, Form::plain, one);
     slow_product(V, at(one), d, Form::left_transposed, two);
-    for (int64_t e = thread_id(); e < entries; e += kFactorThreads) {
+    for (int64_t e = thread_id(); e < entries; e += kJacobiThreads) {
         const double mean = 0.5 * (two[e] + two[e % d * d + e / d]);
         args.grad_matrix[index * entries + e] = static_cast<T>(ldexp(mean, (args.inverse ? -3 : -1) * (exponent / 2)));
     }
@@ -299,7 +299,7 @@ void forward(const LargeRoot<T>& all, const Target& target) {
     if (args.inverse) matrix_product(square(all, all.folded, true, all.unitary, all.product), target);
     else matrix_product(square(all, all.unitary, true, all.factor, all.product), target);
     launch("root_end", root_end<T>, pieces(args), kFactorThreads, 0, target, all);
-    launch("root_by_eigenvectors", root_by_eigenvectors<T>, args.batch, kFactorThreads, BlockJacobi::shared_bytes(d), target, all);
+    launch("root_by_eigenvectors", root_by_eigenvectors<T>, args.batch, kJacobiThreads, BlockJacobi::shared_bytes(d), target, all);
 }
 
 template <class T>
@@ -334,7 +334,7 @@ void backward(const LargeRoot<T>& all, const Target& target) {
         multiply(square(all, power, false, all.product, all.x, -1.0), 0);
     }
     launch("adjoint_end", adjoint_end<T>, pieces(args), kFactorThreads, 0, target, all);
-    launch("adjoint_by_eigenvectors", adjoint_by_eigenvectors<T>, args.batch, kFactorThreads, BlockJacobi::shared_bytes(d), target, all);
+    launch("adjoint_by_eigenvectors", adjoint_by_eigenvectors<T>, args.batch, kJacobiThreads, BlockJacobi::shared_bytes(d), target, all);
 }
 
 }  // namespace
