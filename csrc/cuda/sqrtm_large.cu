@@ -28,7 +28,7 @@ template <class T>
 constexpr int kMostDoublings = sizeof(T) == sizeof(float) ? 20 : 26;
 template <class T>
 constexpr double kLeftOut = sizeof(T) == sizeof(float) ? 3e-8 : 1e-16;
-constexpr int64_t kPart = 64 * kFactorThreads;  // entries of a matrix that a block finishes
+constexpr int64_t kPart = 16 * kFactorThreads;  // entries of a matrix that a block finishes
 
 template <class T>
 struct LargeRoot {
