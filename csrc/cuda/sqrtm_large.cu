@@ -28,6 +28,12 @@ template <class T>
 constexpr int kMostDoublings = sizeof(T) == sizeof(float) ? 20 : 26;
 template <class T>
 constexpr double kLeftOut = sizeof(T) == sizeof(float) ? 3e-8 : 1e-16;
+// Eigenvalues up to this, in units of |A|_F, may come from the rounding of the entries of A.
+template <class T>
+constexpr double kRootRounding = std::numeric_limits<T>::epsilon();
+// Singular values of F below this, in units of |F|, are not those of U: an inverse root is then one from eigenvectors.
+template <class T>
+constexpr double kServed = polar_schedule<T>().step[0].lowest;
 constexpr int64_t kPart = 16 * kFactorThreads;  // entries of a matrix that a block finishes
 
 template <class T>
@@ -77,7 +83,7 @@ OTKD_KERNEL(kFactorThreads) root_factor(OTKD_CONSTANT LargeRoot<T> all) {
         if (args.inverse) cholesky.store_inverse(inverse, all.folded + index * entries);
     }
     if (thread_id() != 0) return;
-    const bool small = args.inverse && !(lower >= upper * polar_schedule<T>().step[0].lowest);
+    const bool small = args.inverse && !(lower >= upper * kServed<T>);
     all.left[index] = kind == Definiteness::indefinite || small;
     all.exponent[index] = matrix.exponent;
     aux[0] = static_cast<T>(ldexp(upper, matrix.exponent / 2));
@@ -127,7 +133,7 @@ OTKD_KERNEL(kJacobiThreads) root_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> all)
     eigen.solve(SymmetricPart<T>(args.matrix + index * entries, d, exponent, 0));
     for (int k = thread_id(); k < d; k += kJacobiThreads) {
         const double value = eigen.values[k], root = value > 0 ? sqrt(value) : 0.0;
-        const bool kept = value > eigen.norm * std::numeric_limits<T>::epsilon();
+        const bool kept = value > eigen.norm * kRootRounding<T>;
         eigen.values[k] = !args.inverse ? root : kept ? 1 / root : 0.0;
     }
     barrier();
@@ -216,7 +222,7 @@ OTKD_KERNEL(kJacobiThreads) adjoint_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> a
     const double largest = largest_magnitude(args.matrix + index * entries, entries, eigen.scratch);
     const int exponent = (exponent_above(largest) + 2) / 2 * 2;
     eigen.solve(SymmetricPart<T>(args.matrix + index * entries, d, exponent, 0));
-    const double *V = eigen.rows, level = eigen.norm * std::numeric_limits<T>::epsilon();
+    const double *V = eigen.rows, level = eigen.norm * kRootRounding<T>;
     const SymmetricPart<T> grad(args.grad_root + index * entries, d, 0, 0);
     const auto at = [&](const double* matrix) { return [=](int64_t i, int64_t j) { return matrix[i * d + j]; }; };
     slow_product(V, grad, d, Form::plain, one);

@@ -4,8 +4,8 @@
 Which way runs is decided in :func:`chosen`, in one place. The kernels serve definite and, where that needs no
 eigenvalues, semidefinite matrices; those of a batch that they leave (indefinite ones; singular ones in the inverse and
 in the backward) are computed from eigenvalues in float64, as the reference does for 'eigh' and 'newton_schulz' as well.
-On CUDA there are two, of eigenvalues up to d = 32 and of products beyond, which leave none; for the other words, and
-beyond d = 2048, the reference runs.
+On CUDA there are two, of eigenvalues up to d = 32 and of products beyond, which leave none; for 'eigh' and
+'newton_schulz', and beyond d = 2048, the reference runs.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def chosen(algorithm: str, A: Tensor) -> str:
 
 
 def chosen_on_cuda(algorithm: str, d: int) -> str:
-    """The same on CUDA, where products serve what is too large for rotations."""
-    if algorithm in ("auto", "jacobi") and d <= CUDA_JACOBI_LIMIT:
+    """The same on CUDA: rotations by a warp, products for what is too large for these, whatever the compiled word."""
+    if algorithm in ("eigh", "newton_schulz"):
+        return algorithm
+    if algorithm != "polar" and d <= CUDA_JACOBI_LIMIT:
         return "jacobi"
-    if algorithm in ("auto", "jacobi", "polar") and d <= CUDA_LIMIT:
-        return "polar"
-    return "newton_schulz" if algorithm == "newton_schulz" else "eigh"
+    return "polar" if d <= CUDA_LIMIT else "eigh"
 
 
 def chosen_alone(algorithm: str, A: Tensor) -> str:

@@ -170,7 +170,7 @@ def test_zero_and_bad_matrices_and_any_scale(inverse, dtype, guarded, generator)
 def test_other_words_are_the_references(emulated, generator):
     before = emulated.launches()
     A = covariance(5, torch.linspace(0.5, 1, 5), generator).requires_grad_()
-    for algorithm in ("eigh", "tridiagonal", "newton_schulz"):
+    for algorithm in ("eigh", "newton_schulz"):
         S = otkd_fast.sqrtm(A, algorithm=algorithm, backend="cpu")
         torch.testing.assert_close(S @ S, A)
         torch.autograd.grad(S.sum(), A)
