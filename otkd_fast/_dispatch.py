@@ -87,7 +87,7 @@ _LEFT_TO_REFERENCE = {
     ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
     ("sinkhorn_shared", "triton"): "gradient='implicit': its linear solve is the reference's",
     ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
-    ("sqrtm", "cuda"): "matrices beyond 32 x 32 and other algorithms than 'auto' and 'jacobi': as the reference",
+    ("sqrtm", "cuda"): "matrices beyond 2048 x 2048 and algorithms 'eigh', 'newton_schulz': as the reference",
     ("gaussian_wasserstein", "cuda"): "over 160 rows where both samples have more rows than features: as the reference",
 }
 
@@ -99,6 +99,7 @@ _ONE_LAUNCH = {
     ("sinkhorn_ragged", "cuda"): "128 x 128 with the kernel in registers, beyond in the log domain, a block a problem",
     ("sinkhorn_points", "cuda"): "64 x 64, many problems up to 256 x 256; beyond, each half-iteration is two launches",
     ("sinkd", "cuda"): "128 x 128 of rows of 1024; beyond, cost, iterations and gradient are launches of their own",
+    ("sqrtm", "cuda"): "32 x 32; beyond, it is products: 5 launches up to 160 x 160",
     ("polar", "cuda"): "160 x 160 (float64: 112 x 112) where shared memory holds it; beyond, three launches a step",
 }
 

@@ -307,28 +307,42 @@ void moments_backward(int dtype, const Moments& call, const Place& place) {
     with_type(dtype, [&](auto type) { cuda::feature_moments_bwd(moments_args<decltype(type)>(call), target_of(place)); });
 }
 
-// matrix, root, aux, grad_root, grad_matrix; batch, d; inverse
-using Root = std::tuple<Address, Address, Address, Address, Address, int64_t, int64_t, bool>;
+// matrix, root, aux, grad_root, grad_matrix, workspace (0: eigenvectors, of small ones); batch, d; inverse
+using Root = std::tuple<Address, Address, Address, Address, Address, Address, int64_t, int64_t, bool>;
 
 template <class T>
 SqrtmArgs<T> root_args(const Root& call) {
     SqrtmArgs<T> args{};
-    Address matrix, root, aux, grad_root, grad_matrix;
-    std::tie(matrix, root, aux, grad_root, grad_matrix, args.batch, args.d, args.inverse) = call;
+    Address matrix, root, aux, grad_root, grad_matrix, workspace;
+    std::tie(matrix, root, aux, grad_root, grad_matrix, workspace, args.batch, args.d, args.inverse) = call;
     args.matrix = pointer<T>(matrix);
     args.root = pointer<T>(root);
     args.aux = pointer<T>(aux);
     args.grad_root = pointer<T>(grad_root);
     args.grad_matrix = pointer<T>(grad_matrix);
+    args.workspace = pointer<unsigned char>(workspace);
+    args.algorithm = workspace ? SqrtmAlgorithm::polar : SqrtmAlgorithm::jacobi;
     return args;
 }
 
+int64_t root_workspace(int dtype, const Root& call, bool backward, const Place& place) {
+    return with_type(dtype, [&](auto type) { return cuda::sqrtm_workspace_bytes(root_args<decltype(type)>(call), backward, target_of(place)); });
+}
+
 void root_forward(int dtype, const Root& call, const Place& place) {
-    with_type(dtype, [&](auto type) { cuda::sqrtm_fwd(root_args<decltype(type)>(call), target_of(place)); });
+    with_type(dtype, [&](auto type) {
+        const auto args = root_args<decltype(type)>(call);
+        if (args.workspace) cuda::sqrtm_polar_fwd(args, target_of(place));
+        else cuda::sqrtm_fwd(args, target_of(place));
+    });
 }
 
 void root_backward(int dtype, const Root& call, const Place& place) {
-    with_type(dtype, [&](auto type) { cuda::sqrtm_bwd(root_args<decltype(type)>(call), target_of(place)); });
+    with_type(dtype, [&](auto type) {
+        const auto args = root_args<decltype(type)>(call);
+        if (args.workspace) cuda::sqrtm_polar_bwd(args, target_of(place));
+        else cuda::sqrtm_bwd(args, target_of(place));
+    });
 }
 
 }  // namespace
@@ -352,6 +366,7 @@ void bind_cuda(pybind11::module_& module) {
     module.def("sinkd_value_and_grad", &loss_and_gradient);
     module.def("polar_workspace", &polar_workspace);
     module.def("polar_fwd", &polar_forward);
+    module.def("sqrtm_workspace", &root_workspace);
     module.def("sqrtm_fwd", &root_forward);
     module.def("sqrtm_bwd", &root_backward);
     module.def("gaussian_samples_workspace", &samples_workspace);

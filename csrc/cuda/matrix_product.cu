@@ -44,6 +44,7 @@ OTKD_KERNEL(kThreads) product_tile(OTKD_CONSTANT ProductArgs<T> args) {
     const uint32_t columns = (args.m + kTile - 1) / kTile, rows = (args.n + kTile - 1) / kTile, block = block_id();
     const int64_t j0 = block % columns * int64_t{kTile}, i0 = block / columns % rows * int64_t{kTile};
     const int64_t index = block / columns / rows;
+    if (args.steps && args.steps[index] <= args.step) return;
     const T *a = args.a + index * args.a_batch, *b = args.b + index * args.b_batch;
     const int tx = thread_id() % 16, ty = thread_id() / 16;
     T total[4][4] = {}, part[4][4] = {};

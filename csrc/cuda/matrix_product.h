@@ -17,6 +17,8 @@ struct ProductArgs {
     const T* row = nullptr;  // (batch, m)
     const int* exponents = nullptr;  // (batch, 2): e and f are the entries number `of_sum` and `of_c`; null: both 0
     int of_sum = 0, of_c = 0;
+    const int* steps = nullptr;  // (batch,): a problem is left alone where this is not above `step`
+    int step = 0;
 };
 
 template <class T>

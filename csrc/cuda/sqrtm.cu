@@ -3,10 +3,10 @@
 //   A = V diag(w) V^T:   S = V diag(sqrt(max(w, 0))) V^T, its inverse over w above the rounding of A;   dA = V (V^T G V / (s_k + s_l)) V^T
 //
 // One-sided Jacobi by a warp, a lane a vector in registers. A definite: the vectors are the rows of its Cholesky factor, and end as s_k v_k, small
-// s_k to u sqrt(condition). Else: the columns of B = A + 2 |A|_F I, which end as eigenvectors times eigenvalues of B; the shift keeps these away
-// from 0. All disjoint pairs of a round rotate at once: a lane gets its partner's vector by shuffles, and both find the same angle.
-// In double, whatever the type: about 4 d^3 multiply-adds a sweep, 5 to 9 sweeps. d <= 16: two matrices a warp. A is scaled by an even
-// power of two first.
+// s_k to u sqrt(condition). Else: the columns of B = A + 2 |A|_F I, which end as eigenvectors times eigenvalues of B; the shift keeps these
+// away from 0, and does not show in the eigenvalues of A, which are Rayleigh quotients. All disjoint pairs of a round rotate at once: a
+// lane gets its partner's vector by shuffles, and both find the same angle. In double, whatever the type: about 4 d^3 multiply-adds a
+// sweep, 5 to 9 sweeps. d <= 16: two matrices a warp. A is scaled by an even power of two first.
 #include "otkd_fast/sqrtm.h"
 
 #include "otkd_fast/cuda.h"
@@ -138,6 +138,20 @@ OTKD_DEVICE bool factorize(double* M, int d, int lane) {
     return definite;
 }
 
+// v^T M v for M (kSize, kSize + 1), v in memory and in registers.
+template <int kSize>
+OTKD_DEVICE double quotient(const double* M, const double* v, int d, const double (&column)[kSize]) {
+    double value = 0;
+    OTKD_ROLLED
+    for (int i = 0; i < d; ++i) {
+        double sum = 0;
+        OTKD_UNROLL
+        for (int j = 0; j < kSize; ++j) sum += M[i * (kSize + 1) + j] * column[j];
+        value += v[i] * sum;
+    }
+    return value;
+}
+
 template <class T, int kSize>
 OTKD_KERNEL(32, 8) jacobi_root(OTKD_CONSTANT SqrtmArgs<T> args) {
     const Small<T, kSize> at(args);
@@ -156,7 +170,7 @@ OTKD_KERNEL(32, 8) jacobi_root(OTKD_CONSTANT SqrtmArgs<T> args) {
     OTKD_UNROLL
     for (int j = 0; j < kSize; ++j) column[j] = bad ? 0.0 : ldexp(column[j], -2 * half);
     OTKD_UNROLL
-    for (int j = 0; j < kSize; ++j) at.memory[j * at.kLine + lane] = column[j];
+    for (int j = 0; j < kSize; ++j) at.memory[j * at.kLine + lane] = at.memory[(kSize + j) * at.kLine + lane] = column[j];
     const double norm = sqrt(at.sum(squared(column)));
     barrier();
     const bool definite = factorize<T, kSize>(at.memory, d, lane);
@@ -167,19 +181,22 @@ OTKD_KERNEL(32, 8) jacobi_root(OTKD_CONSTANT SqrtmArgs<T> args) {
         else column[j] += j == lane && lane < d ? shift : 0.0;
     }
     orthogonalize(column);
-    const double length = sqrt(squared(column)), value = definite ? length * length : length - shift;
-    const double root = lane >= d || !(value > 0) ? 0.0 : definite ? length : sqrt(value);
-    const bool kept = value > norm * kRounding<T>;
-    const double weight = bad ? kNaN : !args.inverse ? root : kept ? 1 / root : 0.0;
+    const double length = sqrt(squared(column));
     T* aux = args.aux + at.index * (d + 1) * d;
     OTKD_UNROLL
     for (int j = 0; j < kSize; ++j) {
-        const double unit = length > 0 ? column[j] / length : 0.0;
-        at.memory[lane * at.kLine + j] = unit;  // no other lane reads this row before the barrier
-        if (at.there && lane < d && j < d) aux[lane * d + j] = static_cast<T>(unit);
+        column[j] = length > 0 ? column[j] / length : 0.0;
+        at.memory[lane * at.kLine + j] = column[j];  // no other lane reads this row before the barrier
+        if (at.there && lane < d && j < d) aux[lane * d + j] = static_cast<T>(column[j]);
     }
-    if (at.there && lane < d) aux[d * d + lane] = static_cast<T>(bad ? kNaN : ldexp(root, half));
     double* weights = at.memory + kSize * at.kLine;
+    double value = length * length;
+    if (!definite) value = quotient(weights, at.memory + lane * at.kLine, d, column);
+    barrier();
+    const double root = lane >= d || !(value > 0) ? 0.0 : definite ? length : sqrt(value);
+    const bool kept = value > norm * kRounding<T>;
+    const double weight = bad ? kNaN : !args.inverse ? root : kept ? 1 / root : 0.0;
+    if (at.there && lane < d) aux[d * d + lane] = static_cast<T>(bad ? kNaN : ldexp(root, half));
     weights[lane] = lane < d ? weight : 0.0;
     barrier();
     OTKD_UNROLL

@@ -1,11 +1,11 @@
 """``sqrtm_fwd`` and ``sqrtm_bwd``: roots of symmetric positive semidefinite matrices (kernels: ``csrc/cpu/sqrtm.cpp``,
-``csrc/cuda/sqrtm.cu``).
+``csrc/cuda/sqrtm.cu``, ``csrc/cuda/sqrtm_large.cu``).
 
 Which way runs is decided in :func:`chosen`, in one place. The kernels serve definite and, where that needs no
 eigenvalues, semidefinite matrices; those of a batch that they leave (indefinite ones; singular ones in the inverse and
 in the backward) are computed from eigenvalues in float64, as the reference does for 'eigh' and 'newton_schulz' as well.
-On CUDA there is one kernel, of eigenvalues up to d = 32, which leaves none; beyond, and for the other words, the
-reference runs.
+On CUDA there are two, of eigenvalues up to d = 32 and of products beyond, which leave none; for 'eigh' and
+'newton_schulz', and beyond d = 2048, the reference runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KERNELS = {"jacobi": 0, "polar": 1, "tridiagonal": 2}
 JACOBI_LIMIT = 24
 # sizes up to which eigenvectors in double are worth while, in batches that fill the lanes of two threads or so
 TRIDIAGONAL_LIMIT, TRIDIAGONAL_BATCH = 128, 32
-CUDA_LIMIT = 32
+CUDA_JACOBI_LIMIT, CUDA_LIMIT = 32, 2048
 # without a gradient, sizes that products serve faster than eigenvectors: with a matrix in each lane of a vector, and
 # large ones
 ALONE, ALONE_BATCH, ALONE_LARGE = range(7, JACOBI_LIMIT + 1), 8, 40
@@ -40,10 +40,12 @@ def chosen(algorithm: str, A: Tensor) -> str:
 
 
 def chosen_on_cuda(algorithm: str, d: int) -> str:
-    """The same on CUDA."""
-    if algorithm in ("auto", "jacobi"):
-        return "jacobi" if d <= CUDA_LIMIT else "eigh"
-    return algorithm
+    """The same on CUDA: rotations by a warp, products for what is too large for these, whatever the compiled word."""
+    if algorithm in ("eigh", "newton_schulz"):
+        return algorithm
+    if algorithm != "polar" and d <= CUDA_JACOBI_LIMIT:
+        return "jacobi"
+    return "polar" if d <= CUDA_LIMIT else "eigh"
 
 
 def chosen_alone(algorithm: str, A: Tensor) -> str:
@@ -66,8 +68,7 @@ def _aux(A: Tensor, algorithm: str) -> Tensor:
 
 def _fwd_fake(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
     if A.device.type == "cuda":
-        algorithm = chosen_on_cuda(algorithm, A.shape[-1])
-        return A.new_empty(A.shape), _aux(A, "newton_schulz" if algorithm == "polar" else algorithm)
+        return A.new_empty(A.shape), _aux(A, chosen_on_cuda(algorithm, A.shape[-1]))
     return A.new_empty(A.shape), _aux(A, chosen(algorithm, A))
 
 
@@ -132,29 +133,38 @@ def _bwd_cpu(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, alg
 
 def _fwd_cuda(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
     A = A.contiguous()
-    *batch, d, _ = A.shape
-    algorithm = chosen_on_cuda(algorithm, d)
-    if algorithm != "jacobi":
+    algorithm = chosen_on_cuda(algorithm, A.shape[-1])
+    if algorithm not in KERNELS:
         return reference.sqrtm_fwd(A, inverse, algorithm)
     S, aux = A.new_empty(A.shape), _aux(A, algorithm)
     if A.numel():
-        call = (A.data_ptr(), S.data_ptr(), aux.data_ptr(), 0, 0, _library.product(batch), d, inverse)
-        _library.launch("sqrtm", A, "sqrtm_fwd", _library.dtype_code(A), call)
+        _launch("fwd", algorithm, inverse, A, S, aux)
     return S, aux
 
 
 def _bwd_cuda(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, algorithm: str) -> Tensor:
-    A, aux, grad = (operand.contiguous() for operand in (A, aux, grad))
-    *batch, d, _ = A.shape
-    algorithm = chosen_on_cuda(algorithm, d)
-    if algorithm != "jacobi":
+    A, S, aux, grad = (operand.contiguous() for operand in (A, S, aux, grad))
+    algorithm = chosen_on_cuda(algorithm, A.shape[-1])
+    if algorithm not in KERNELS:
         return reference.sqrtm_bwd(A, S, aux, grad, inverse, algorithm)
     grad_A = A.new_empty(A.shape)
     if A.numel():
-        addresses = (0, 0, aux.data_ptr(), grad.data_ptr(), grad_A.data_ptr())
-        call = (*addresses, _library.product(batch), d, inverse)
-        _library.launch("sqrtm", A, "sqrtm_bwd", _library.dtype_code(A), call)
+        _launch("bwd", algorithm, inverse, A, S, aux, grad, grad_A)
     return grad_A
+
+
+def _launch(direction: str, algorithm: str, inverse: bool, *tensors: Tensor) -> None:
+    A, *_ = tensors
+    *batch, d, _ = A.shape
+    code, sizes = _library.dtype_code(A), (_library.product(batch), d, inverse)
+    addresses = [t.data_ptr() for t in tensors] + [0] * (5 - len(tensors))
+    workspace = 0
+    if algorithm == "polar":
+        call = (*addresses, 0, *sizes)
+        needed = _library.cuda.sqrtm_workspace(code, call, direction == "bwd", _library.place(A))
+        scratch = _library.cuda_workspace(A, needed)
+        workspace = scratch.data_ptr()
+    _library.launch("sqrtm", A, f"sqrtm_{direction}", code, (*addresses, workspace, *sizes))
 
 
 def _threads() -> int:

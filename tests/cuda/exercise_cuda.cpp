@@ -195,9 +195,9 @@ void moments(int64_t outer, int64_t rows, int64_t columns, int64_t grid, int64_t
 }
 
 template <class T>
-void root(int64_t d, bool inverse) {
+void root(int64_t d, bool inverse, bool products) {
     const int64_t batch = 3;
-    Buffer<T> matrix = noise<T>(batch * d * d, -1, 1), root(batch * d * d), aux(batch * (d + 1) * d);
+    Buffer<T> matrix = noise<T>(batch * d * d, -1, 1), root(batch * d * d), aux(batch * (products ? 2 : (d + 1) * d));
     Buffer<T> grad = noise<T>(batch * d * d, -1, 1), grad_matrix(batch * d * d);
     for (int64_t k = 0; k < batch; ++k) {
         for (int64_t i = 0; k > 0 && i < d; ++i) matrix.data[(k * d + i) * d + i] += static_cast<T>(2 * d);  // the first is indefinite
@@ -209,10 +209,15 @@ void root(int64_t d, bool inverse) {
     args.batch = batch;
     args.d = d;
     args.inverse = inverse;
-    cuda::sqrtm_fwd(args, kTarget);
+    Buffer<unsigned char> memory = workspace(cuda::sqrtm_workspace_bytes(args, false, kTarget));
+    args.workspace = memory.get();
+    products ? cuda::sqrtm_polar_fwd(args, kTarget) : cuda::sqrtm_fwd(args, kTarget);
     args.grad_root = grad.get();
     args.grad_matrix = grad_matrix.get();
-    cuda::sqrtm_bwd(args, kTarget);
+    args.workspace = nullptr;
+    Buffer<unsigned char> other = workspace(cuda::sqrtm_workspace_bytes(args, true, kTarget));
+    args.workspace = other.get();
+    products ? cuda::sqrtm_polar_bwd(args, kTarget) : cuda::sqrtm_bwd(args, kTarget);
     for (Buffer<T>* result : {&root, &aux, &grad_matrix}) result->expect_finite("root");
 }
 
@@ -375,7 +380,8 @@ void all() {
     gaussian<T>(5, 7, 33, 2);
     gaussian<T>(9, 3, 2, 1e12);
     gaussian<T>(2, 161, 4, 2);
-    for (int64_t d : {1, 5, 16, 19, 32}) root<T>(d, d == 5);
+    for (int64_t d : {1, 5, 16, 19, 32}) root<T>(d, d == 5, false);
+    for (int64_t d : {1, 6, 13, 34}) root<T>(d, d == 6, true);
     packed<T>(Metric::l1, Gradient::unroll, 0.5);
     packed<T>(Metric::cosine, Gradient::unroll, 0.005);
     packed<T>(Metric::l2, Gradient::envelope, 0.5);

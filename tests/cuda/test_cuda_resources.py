@@ -31,7 +31,8 @@ def test_table_has_every_kernel():
         "rows_backward_packed", "solve_packed", "solve_packed_large", "differentiate_packed",
         "differentiate_packed_large", "transpose_packed", "product_tile", "polar_tile", "polar_begin", "polar_end",
         "sample_means", "sample_rows", "samples_value", "centre_factor", "window_moments", "moments_gradient",
-        "jacobi_root", "jacobi_root_backward",
+        "jacobi_root", "jacobi_root_backward", "root_factor", "root_end", "root_by_eigenvectors", "adjoint_begin",
+        "adjoint_end", "adjoint_by_eigenvectors",
     }  # fmt: skip
 
 

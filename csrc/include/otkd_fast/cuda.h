@@ -84,8 +84,14 @@ int64_t polar_workspace_bytes(const PolarArgs<T>& args, const Target& target);
 template <class T>
 void polar_fwd(const PolarArgs<T>& args, const Target& target);
 
-// d <= kLargestRoot, SqrtmAlgorithm::jacobi; no workspace, and no matrix is left unsolved.
-constexpr int64_t kLargestRoot = 32;
+// SqrtmAlgorithm::jacobi for d <= kLargestJacobi, without a workspace, or polar; no matrix is left unsolved. The backward reads `matrix`, too.
+constexpr int64_t kLargestJacobi = 32;
+template <class T>
+int64_t sqrtm_workspace_bytes(const SqrtmArgs<T>& args, bool backward, const Target& target);
+template <class T>
+void sqrtm_polar_fwd(const SqrtmArgs<T>& args, const Target& target);
+template <class T>
+void sqrtm_polar_bwd(const SqrtmArgs<T>& args, const Target& target);
 template <class T>
 void sqrtm_fwd(const SqrtmArgs<T>& args, const Target& target);
 template <class T>
