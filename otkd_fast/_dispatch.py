@@ -83,7 +83,7 @@ _LEFT_TO_REFERENCE = {
     ("sqrtm", "triton"): "matrices beyond 64 x 64: eigenvalues by PyTorch, as the reference",
     ("sinkhorn_ragged", "triton"): "gradient='implicit': its linear solve is the reference's, problem by problem",
     ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
-    ("sinkhorn_shared", "triton"): "gradient='implicit': its linear solve is the reference's",
+    ("sinkhorn_shared", "triton"): "gradient='implicit': products of matrices by PyTorch, two a step for all problems",
     ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
     ("sqrtm", "cuda"): "matrices beyond 32 x 32 and other algorithms than 'auto' and 'jacobi': as the reference",
     ("gaussian_wasserstein", "cuda"): "over 160 rows where both samples have more rows than features: as the reference",

@@ -77,8 +77,9 @@ def tiles(
 
 
 def products(
-    name: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any], **keywords: bool | str
-) -> AotCase:
+    name: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], launch: dict[str, Any],
+    **keywords: bool | str,
+) -> AotCase:  # fmt: skip
     """A kernel of ``_sinkhorn_products_kernels``."""
     absent = tuple(key for key, flag in (("mass", "MASS"), ("first_adjoint", "STARTS")) if constants.get(flag) is False)
     return case(name, kernel, dtype, constants, launch, absent, **keywords)

@@ -1,4 +1,4 @@
-"""The host side of ``_sinkhorn_products_kernels``: one cost (n, m) for a batch of marginals, a plain loop of fixed length.
+"""The host side of ``_sinkhorn_products_kernels``: one cost (n, m), a batch of marginals, a plain loop of fixed length.
 
 Rows are updated first. A history is (B, 3 + slots (n + m)) float64: 1 where the problems were solved on scalings,
 else 0; the iterations that ran; the base, a cost that is taken from all others in <P, C>; then slots of what a step
@@ -42,10 +42,8 @@ def serves(num_iters: int, tol: float, relaxation: float, penalty_a: float, pena
 
 def tiles_of(problems: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """Problems and rows of a tile, columns at a time: small ones, so that few problems occupy the device."""
-    launch = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-    if dtype is torch.float64:
-        return {"BP": 16, "BN": 32, "DEPTH": 16} | launch
-    return {"BP": 16 if problems <= 64 else 32, "BN": 32, "DEPTH": 32} | launch
+    launch = {"BN": 32, "DEPTH": 16, "num_warps": 4, "num_stages": 4, "enable_fp_fusion": True}
+    return {"BP": 16 if problems <= 64 or dtype is torch.float64 else 32} | launch
 
 
 def gradient_tiles(dtype: torch.dtype) -> dict[str, int | bool]:
@@ -53,7 +51,7 @@ def gradient_tiles(dtype: torch.dtype) -> dict[str, int | bool]:
     launch = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
     if dtype is torch.float64:
         return {"BN": 32, "BM": 32, "DEPTH": 16, "CHUNK": 8} | launch
-    return {"BN": 64, "BM": 64, "DEPTH": 32, "CHUNK": 8} | launch
+    return {"BN": 64, "BM": 32, "DEPTH": 32, "CHUNK": 8} | launch
 
 
 class Shared(NamedTuple):
@@ -207,10 +205,10 @@ def differentiate(
 
 
 def _adjoint_memory(shared: Shared, slots: Tensor, steps: int, every: bool) -> tuple[Tensor, Tensor]:
-    """Left and right operands of the cost's gradient, (2 S + 1, B, n) and (2 S + 1, B, m), what is known of them put in.
+    """Left and right operands of the cost's gradient, (2 S + 1, B, n) and (2 S + 1, B, m), without the adjoints yet.
 
-    Left: u of each step, u with the adjoints of the rows, u of the last step. Right: v with the adjoints of the columns,
-    v of the step before, v of the last. Without `every` step's, only memory for those of one.
+    Left: u of each step, u with the adjoints of the rows, u of the last step. Right: v with the adjoints of the
+    columns, v of the step before, v of the last. Without `every` step's, only memory for the adjoints of one.
     """
     n, m = shared.cost.shape
     count = 2 * steps + 1 if every else 2
@@ -223,7 +221,7 @@ def _adjoint_memory(shared: Shared, slots: Tensor, steps: int, every: bool) -> t
 
 
 def _adjoints(shared, slots, steps, incoming, transport, value, left, right) -> tuple[Tensor, Tensor]:
-    """The adjoint loop: gradients of a and b by the potentials, float64; left and right get the adjoints of each step."""
+    """Gradients of a and b by the potentials, float64; left and right get the adjoints of each step."""
     n, m = shared.cost.shape
     every = len(left) > 2
     rows, columns = slots[:, steps, :n], slots[:, steps, n:]
@@ -250,7 +248,7 @@ def _adjoints(shared, slots, steps, incoming, transport, value, left, right) -> 
 
 
 def _first_adjoints(shared, rows, columns, incoming, transport, value) -> tuple[Tensor, ...]:
-    """Of the last potentials, for a unit of mass: rows, columns as a vector of `adjoint_update`, and their first sums."""
+    """Of the last potentials: the rows', for a unit of mass; a vector of `adjoint_update`; the first of the sums."""
     epsilon, like = shared.sides.epsilon, shared.cost
     mass, spent = (_runtime.empty(rows.shape, like, torch.float64) for _ in range(2))
     spent_columns = _runtime.empty(columns.shape, like, torch.float64)

@@ -253,9 +253,9 @@ def gradient_of_cost(
 ):  # fmt: skip  # noqa: N803
     """dC (n, m), the sum over the problems in their order.
 
-    With a flag K (left^T right - (C - base) / epsilon last^T bill), left (height, n), right (height, m), `last` the rows of
-    left that end it, bill (problems, m); without, from the potentials and adjoints, CHUNK columns at a time. CONSTANT:
-    the plan is, no bill. by_cost, by_plan (problems,): of <P, C>, and of P.
+    With a flag K (left^T right - (C - base) / epsilon last^T bill), left (height, n), right (height, m), `last` the end
+    of left, bill (problems, m); without, from the potentials and adjoints, CHUNK columns at a time. CONSTANT: the plan
+    is, no bill. by_cost, by_plan (problems,): of <P, C>, and of P.
     """
     wide = tl.full((), 0, tl.int64)
     problems, n, m = problems + wide, n + wide, m + wide
