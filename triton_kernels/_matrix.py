@@ -181,6 +181,12 @@ def product_tiles(dtype: torch.dtype) -> dict[str, int]:
 
 def polar_batched(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Polar factors of (B, n, m) of any size and their nuclear norms, float64 (B,): three launches a step."""
+    P, X = polar_iterates(K, steps)
+    return P, (K.double() * X).sum((-2, -1))
+
+
+def polar_iterates(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The factor, and 1.5 P - 0.5 P P^T P, see `polar_factor`."""
     tall = K.shape[-2] >= K.shape[-1]
     largest = K.abs().amax((-2, -1), keepdim=True)
     X = K / torch.where(largest == 0, 1, largest)
@@ -197,8 +203,7 @@ def polar_batched(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         options = {"coefficients": coefficients, "step": step}
         W = batched_product(gram, gram, mode=COMBINED, c=gram, **options)
         X = batched_product(X, W, mode=ADDED, c=X, **options)
-    norm = (K.double() * (X if tall else X.mT)).sum((-2, -1))
-    return (P if tall else P.mT.contiguous()), norm
+    return (P, X) if tall else (P.mT.contiguous(), X.mT)
 
 
 def product_cases() -> list[AotCase]:
