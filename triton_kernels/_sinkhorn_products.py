@@ -84,9 +84,7 @@ def prepare(cost: Tensor, sides: large.Sides, start: Tensor, flag: Tensor | None
     flag = flag.view(1).int()
     base = torch.where(flag != 0, smallest, 0)
     kernel = _runtime.empty(cost.shape, cost)
-    exponentiate[(n, cdiv(m, BLOCK))](
-        cost, least, flag, kernel, m, sides.epsilon, BLOCK=BLOCK, **EXPONENTIATE
-    )
+    exponentiate[(n, cdiv(m, BLOCK))](cost, least, flag, kernel, m, sides.epsilon, BLOCK=BLOCK, **EXPONENTIATE)
     return Shared(cost, kernel, flag, least, base, sides, len(start))
 
 

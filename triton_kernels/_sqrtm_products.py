@@ -8,8 +8,8 @@ columns as in A; the largest remaining pivot comes first and the last is above t
 lower rank has a factor of fewer rows. d^3 / 2 multiply-adds, read from the cache. Everything else is products in the
 full precision of the dtype (`_matrix.product`): three a step of the polar iteration (11 steps in float32, 21 in
 float64), one for the root. The Lyapunov equation is summed by doubling (Smith 1968): with p = sqrt(lower upper),
-N = (S / p + I)^-1, M = I - 2 N and X = 2 / p N G N, repeat X <- X + M X M, M <- M M, three products each, 12 or 20 times, which serves
-condition numbers of A up to 1e8 and 1e14. Nothing is divided by gaps or sums of eigenvalues.
+N = (S / p + I)^-1, M = I - 2 N and X = 2 / p N G N, repeat X <- X + M X M, M <- M M, three products each, 12 or 20
+times, which serves condition numbers of A up to 1e8 and 1e14. Nothing is divided by gaps or sums of eigenvalues.
 
 Matrices that this cannot serve (indefinite; singular in the inverse and in the backward) are computed from eigenvalues,
 as the reference does. Whether there are any the host asks the device, one number a call; while a CUDA graph is captured
