@@ -281,4 +281,8 @@ def aot_cases() -> list[_runtime.AotCase]:
         name = "columns' gradient" if flipped else "rows' gradient"
         constants = gradient | {"FLIPPED": flipped}
         cases.append(aot.tiles(name, large.point_gradient, torch.float32, _SQUARE, constants))
+    cases.append(aot.tiles("half iteration", large.half_iteration, torch.float64, _SQUARE, half, absent))
+    for dtype in (torch.float32, torch.float64):
+        cases.append(aot.tiles("plan product", apply_plan, dtype, _SQUARE, {"BK": 8}))
+        cases.append(aot.tiles("gradient of a plan product", applied_gradient, dtype, _SQUARE, {}))
     return cases
