@@ -82,10 +82,13 @@ WITHOUT = {
 
 # where the kernels of a backend leave a part of a case to the reference, for `explain`
 _LEFT_TO_REFERENCE = {
-    ("sqrtm", "triton"): "matrices beyond 64 x 64: eigenvalues by PyTorch, as the reference",
+    ("sqrtm", "triton"): (
+        "beyond 1024 x 1024, and beyond 64 x 64 indefinite matrices and, in the inverse and in the backward, singular "
+        "ones: eigenvalues by PyTorch, as the reference"
+    ),
     ("sinkhorn_ragged", "triton"): "gradient='implicit': its linear solve is the reference's, problem by problem",
     ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
-    ("sinkhorn_shared", "triton"): "gradient='implicit': its linear solve is the reference's",
+    ("sinkhorn_shared", "triton"): "gradient='implicit': products of matrices by PyTorch, two a step for all problems",
     ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
     ("sqrtm", "cuda"): "matrices beyond 2048 x 2048 and algorithms 'eigh', 'newton_schulz': as the reference",
     ("gaussian_wasserstein", "cuda"): "over 160 rows where both samples have more rows than features: as the reference",

@@ -32,7 +32,7 @@ TL_DTYPES = {
 
 
 # on one or two architectures; the registers of a thread are not used up there
-HELD = "ptxas holds itself to 128 registers and spills at most 40 bytes"
+HELD = "ptxas holds itself to 128 registers, or 64, and spills at most 40 bytes"
 
 
 class AotCase(NamedTuple):

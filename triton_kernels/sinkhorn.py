@@ -261,6 +261,7 @@ def aot_cases() -> list[_runtime.AotCase]:
     cases = []
     for n, dtype, keep, quick in (
         (16, torch.float32, 2, True), (64, torch.float32, 2, False), (128, torch.float32, 2, False),
+        (16, torch.float64, 2, False), (64, torch.float64, 2, False),
     ):  # fmt: skip
         launch, what = tile_of(n, n, dtype).launch, f"{n} x {n} {_runtime.SIGNATURE_DTYPES[dtype]}"
         spills = {"may_spill": FULL if n == 128 else "", "quick": quick}
@@ -276,7 +277,7 @@ def aot_cases() -> list[_runtime.AotCase]:
         absent = ("initial_g", "grad_regularized", "grad_f", "grad_g")
         launch = tile_of(n, n, dtype, backward=True).launch
         cases.append(aot.case(f"unroll {what}", differentiate_small, dtype, backward, launch, absent, **spills))
-    for dtype in (torch.float32,):
+    for dtype in (torch.float32, torch.float64):
         half = {
             "GIVEN": True, "KEPT": True, "BEFORE": False, "RUNNING": False, "RELAXED": False, "AUTO": False,
         }  # fmt: skip
@@ -286,4 +287,10 @@ def aot_cases() -> list[_runtime.AotCase]:
         cases.append(aot.tiles("adjoint half", large.back_half, dtype, -1, back))
         gradient = {"HAS_A": True, "HAS_B": True, "CONSTANT": False, "UNROLL": True}
         cases.append(aot.tiles("cost gradient", large.cost_gradient, dtype, aot.NO_METRIC, gradient))
+        sums = {"SPENT": True, "RUNNING": False}
+        cases.append(aot.tiles("plan sums", large.plan_sums, dtype, -1, sums, ("running",)))
+        constants = {"HAS_A": True, "HAS_B": True, "STOP": True, "AUTO": True, "DATA": _runtime.TL_DTYPES[dtype]}
+        constants |= {"BLOCK": large.BLOCK}
+        name = f"decide {_runtime.SIGNATURE_DTYPES[dtype]}"
+        cases.append(aot.case(name, large.decide, dtype, constants, large.LAUNCH))
     return cases

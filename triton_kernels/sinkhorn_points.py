@@ -281,4 +281,9 @@ def aot_cases() -> list[_runtime.AotCase]:
         name = "columns' gradient" if flipped else "rows' gradient"
         constants = gradient | {"FLIPPED": flipped}
         cases.append(aot.tiles(name, large.point_gradient, torch.float32, _SQUARE, constants))
+    cases.append(aot.tiles("half iteration", large.half_iteration, torch.float64, _SQUARE, half, absent))
+    for dtype in (torch.float32, torch.float64):
+        cases.append(aot.tiles("plan product", apply_plan, dtype, _SQUARE, {"BK": 8}))
+        found = aot.tiles("gradient of a plan product", applied_gradient, dtype, _SQUARE, {})
+        cases.append(found._replace(may_spill=_runtime.HELD if dtype == torch.float32 else ""))
     return cases

@@ -6,7 +6,8 @@ d / 2 disjoint pairs, chosen as in a round-robin tournament; an entry of J^T A J
 pairs, so that a round is one pass from one copy of A and V to another, in memory that stays in the first cache. A sweep
 is d - 1 rounds, 8 d^2 multiply-adds each, 16 entries read and 2 written; 6 to 10 sweeps, until what is off the diagonal
 is below rounding. The adjoint solves S X + X S = G in the eigenbasis that the forward left, five products.
-Beyond, and for the algorithms 'eigh', 'polar' and 'newton_schulz', the reference runs on the device of the matrices.
+Beyond, up to 1024 x 1024, by products of matrices: `_sqrtm_products`. For the algorithms 'eigh', 'polar' and
+'newton_schulz', and for still larger ones, the reference runs on the device of the matrices.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference import sqrtm as reference
+from . import _sqrtm_products as products
 from ._matrix import LARGEST, staged_product
 from ._runtime import HELD, SIGNATURE_DTYPES, AotCase, constant, empty, jit, on_device, power_of_2, scalar, tl
 
@@ -208,9 +210,21 @@ def on_chip(algorithm: str, d: int) -> bool:
     return algorithm in ("auto", "jacobi") and d <= LARGEST
 
 
+def by_products(algorithm: str, d: int) -> bool:
+    """Whether batched products serve d x d matrices."""
+    return algorithm == "auto" and LARGEST < d <= products.LARGEST
+
+
 def sqrtm_fwd(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
     """Roots and, float64 (*B, d + 2, d), what the reference's adjoint needs as well."""
     *batch, d, _ = A.shape
+    if by_products(algorithm, d):
+        A = A.contiguous()
+        if A.numel() == 0:
+            return empty(A.shape, A), empty((*batch, 2), A, torch.float64)
+        with on_device(A):
+            S, bounds = products.root(A.view(-1, d, d), inverse)
+        return S.view(A.shape), bounds.view(*batch, 2)
     if not on_chip(algorithm, d):
         return reference.sqrtm_fwd(A, inverse, algorithm)
     A, count = A.contiguous(), torch.Size(batch).numel()
@@ -227,6 +241,12 @@ def sqrtm_fwd(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]
 
 def sqrtm_bwd(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, algorithm: str) -> Tensor:
     *batch, d, _ = A.shape
+    if by_products(algorithm, d):
+        if A.numel() == 0:
+            return empty(A.shape, A)
+        with on_device(A):
+            operands = (x.reshape(-1, *x.shape[len(batch) :]).contiguous() for x in (A, S, aux, grad))
+            return products.adjoint(*operands, inverse).view(A.shape)
     if not on_chip(algorithm, d):
         return reference.sqrtm_bwd(A, S, aux, grad, inverse, algorithm)
     aux, grad, count = aux.contiguous(), grad.contiguous(), torch.Size(batch).numel()
@@ -241,7 +261,7 @@ def sqrtm_bwd(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, al
 
 def aot_cases() -> list[AotCase]:
     """Each size, and both ways."""
-    cases = []
+    cases = products.factor_cases()
     for dtype in (torch.float32, torch.float64):
         kind = f"*{SIGNATURE_DTYPES[dtype]}:16"
         for n in (16, 32, 64) if dtype == torch.float32 else (64,):

@@ -135,10 +135,8 @@ def _dense(backend, cost, a, b, f, g, options, gradient):
 
 
 def _shared(backend, cost, a, b, f, g, options, gradient):
-    """The op takes one batch axis; Triton's does not differentiate implicitly: that is done on the expanded cost."""
+    """The op takes one batch axis."""
     batch = (b if a is None else a).shape[:-1]
-    if gradient == "implicit" and backend == "triton":
-        return _dense(backend, cost.expand(*batch, *cost.shape), a, b, f, g, options, gradient)
     if len(batch) == 1:
         return compiled.solve("shared", backend, cost, a, b, f, g, options, gradient)
     a, b, f, g = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (a, b, f, g))

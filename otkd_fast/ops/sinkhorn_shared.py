@@ -69,10 +69,14 @@ def _triton_fwd_fake(
     epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
     update_a_first: bool, keep: int, guard_a: float = 0.0, guard_b: float = 0.0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The Triton kernels keep a history as that of ``sinkhorn`` for each problem."""
+    """The Triton kernels keep a history for each problem, flat."""
+    from ..triton_kernels.sinkhorn_shared import history_doubles
+
     per_problem = cost.expand(_batch(a, b), *cost.shape), a, b, initial_f, initial_g
     options = epsilon, num_iters, tol, relaxation, penalty_a, penalty_b, update_a_first, keep
-    return sinkhorn._fwd_fake_apart(*per_problem, *options)
+    *outputs, history = sinkhorn._fwd_fake_apart(*per_problem, *options)
+    size, _ = history_doubles(cost, num_iters, tol, relaxation, penalty_a, penalty_b, keep)
+    return *outputs, history.new_empty((history.shape[0], size))
 
 
 class _History:

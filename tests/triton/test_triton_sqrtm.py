@@ -83,10 +83,12 @@ def test_what_is_not_finite_stays_in_its_matrix(generator):
         assert S[0].isnan().all() and S[2].isnan().all() and S[1].isfinite().all()
 
 
-def test_larger_matrices_and_other_algorithms_are_the_references(generator):
-    from otkd_fast.triton_kernels import sqrtm
+def test_still_larger_matrices_and_other_algorithms_are_the_references(generator, monkeypatch):
+    from otkd_fast.triton_kernels import _sqrtm_products, sqrtm
 
     A = matrices(65, (1.0, 0.5), generator, 1)
+    assert sqrtm.by_products("auto", 65) and sqrtm.by_products("auto", 1024) and not sqrtm.by_products("auto", 1025)
+    monkeypatch.setattr(_sqrtm_products, "LARGEST", 64)
     with guarded() as guards:
         S = otkd_fast.sqrtm(A, backend="triton")
         assert torch.equal(S, otkd_fast.sqrtm(A, backend="reference"))
@@ -97,7 +99,7 @@ def test_larger_matrices_and_other_algorithms_are_the_references(generator):
     ):
         otkd_fast.sqrtm(A, algorithm="jacobi", backend="triton")
     with otkd_fast.backend("triton"):
-        assert "matrices beyond 64 x 64: eigenvalues by PyTorch" in otkd_fast.explain("sqrtm", A)
+        assert "beyond 64 x 64 indefinite matrices and" in otkd_fast.explain("sqrtm", A)
 
 
 def test_layouts_repeatability_and_no_matrices(generator):
