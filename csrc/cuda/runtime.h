@@ -127,40 +127,56 @@ OTKD_BOTH S smaller(S a, S b) {
     return a < b ? a : b;
 }
 
-// Sum over the lanes of a warp, the same in all of them.
+// Sum over the lanes of a warp, the same in all of them. For the ends of long loops: five steps, not unrolled.
 template <class S>
 OTKD_DEVICE S warp_sum(S value) {
-    OTKD_UNROLL
+    OTKD_ROLLED
     for (int offset = 16; offset > 0; offset >>= 1) value += shuffle_xor(value, offset);
     return value;
 }
 template <class S>
 OTKD_DEVICE S warp_max(S value) {
-    OTKD_UNROLL
+    OTKD_ROLLED
     for (int offset = 16; offset > 0; offset >>= 1) value = larger(value, shuffle_xor(value, offset));
     return value;
 }
 
-// Sum or largest over the block, the same in all threads; `scratch` holds 32 values. Two barriers.
+// Sums or largest of a few values over the block, the same in all threads; `scratch` holds 32 values of each. Two barriers.
+// The loops stay loops: these are called in many places, and none of them is hot.
+template <class S, int kCount, class Join>
+OTKD_DEVICE void block_join(S (&values)[kCount], S* scratch, S nothing, Join join) {
+    OTKD_ROLLED
+    for (int offset = 16; offset > 0; offset >>= 1) {
+        OTKD_UNROLL
+        for (int k = 0; k < kCount; ++k) values[k] = join(values[k], shuffle_xor(values[k], offset));
+    }
+    OTKD_UNROLL
+    for (int k = 0; k < kCount; ++k) {
+        if (lane_id() == 0) scratch[k * 32 + warp_id()] = values[k];
+    }
+    barrier();
+    OTKD_UNROLL
+    for (int k = 0; k < kCount; ++k) values[k] = lane_id() < block_warps() ? scratch[k * 32 + lane_id()] : nothing;
+    OTKD_ROLLED
+    for (int offset = 16; offset > 0; offset >>= 1) {
+        OTKD_UNROLL
+        for (int k = 0; k < kCount; ++k) values[k] = join(values[k], shuffle_xor(values[k], offset));
+    }
+    OTKD_UNROLL
+    for (int k = 0; k < kCount; ++k) values[k] = shuffle(values[k], 0);  // lanes differ where one value is NaN
+    barrier();
+}
 template <class S>
 OTKD_DEVICE S block_sum(S value, S* scratch) {
-    value = warp_sum(value);
-    if (lane_id() == 0) scratch[warp_id()] = value;
-    barrier();
-    S total = 0;
-    for (int w = 0; w < block_warps(); ++w) total += scratch[w];
-    barrier();
-    return total;
+    S values[1] = {value};
+    block_join(values, scratch, S(0), [](S a, S b) { return a + b; });
+    return values[0];
 }
 template <class S>
 OTKD_DEVICE S block_max(S value, S* scratch) {
-    value = warp_max(value);
-    if (lane_id() == 0) scratch[warp_id()] = value;
-    barrier();
-    S best = scratch[0];
-    for (int w = 1; w < block_warps(); ++w) best = larger(best, scratch[w]);
-    barrier();
-    return best;
+    S values[1] = {value};
+    block_join(values, scratch, static_cast<S>(-kInfinity), [](S a, S b) { return larger(a, b); });
+    return values[0];
 }
 
 inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }

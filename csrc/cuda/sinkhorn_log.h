@@ -43,7 +43,7 @@ struct RunningSum {
         top = most;
     }
     OTKD_DEVICE void over_warp() {
-        OTKD_UNROLL
+        OTKD_ROLLED
         for (int offset = 16; offset > 0; offset >>= 1) {
             const double other_top = shuffle_xor(top, offset);
             const E other_sum = shuffle_xor(sum, offset);
@@ -166,16 +166,22 @@ OTKD_DEVICE void log_plan_rows(const Problem<T>& p, Part part) {
 
 // Sums of both sides of the plan whose row and column sums lie in the workspace; potentials where `write`. One block.
 template <class T>
-OTKD_DEVICE void log_sides(const Problem<T>& p, bool write, SideSums& rows, SideSums& columns, double* shared) {
-    T *f = write && p.args.f ? p.args.f + p.index * p.n : nullptr, *g = write && p.args.g ? p.args.g + p.index * p.m : nullptr;
-    for (int64_t i = thread_id(); i < p.n; i += block_threads()) {
-        rows.add(p.mass_a(i), p.phi()[i], p.row_mass()[i], p.penalty_a(), f ? f + i : f);
+OTKD_CALL void log_sides(const Problem<T>& p, bool write, SideSums& rows, SideSums& columns, double* shared) {
+    OTKD_ROLLED
+    for (int side = 0; side < 2; ++side) {
+        const int64_t count = side ? p.m : p.n;
+        const double *potentials = side ? p.gamma() : p.phi(), *sums = side ? p.column_mass() : p.row_mass();
+        const Penalty penalty = side ? p.penalty_b() : p.penalty_a();
+        T* out = write ? (side ? p.args.g : p.args.f) : nullptr;
+        SideSums own;
+        OTKD_ROLLED
+        for (int64_t k = thread_id(); k < count; k += block_threads()) {
+            const double mass = side ? p.mass_b(k) : p.mass_a(k);
+            own.add(mass, potentials[k], sums[k], penalty, out ? out + p.index * count + k : out);
+        }
+        own.over_block(shared);
+        (side ? columns : rows) = own;
     }
-    for (int64_t j = thread_id(); j < p.m; j += block_threads()) {
-        columns.add(p.mass_b(j), p.gamma()[j], p.column_mass()[j], p.penalty_b(), g ? g + j : g);
-    }
-    rows.over_block(shared);
-    columns.over_block(shared);
 }
 
 OTKD_DEVICE bool auto_due(int64_t done) { return done == 9 || done % 10 == 0; }
@@ -258,22 +264,21 @@ inline bool watches(const SinkhornArgs<T>& args, int64_t k) {
 template <class E, class T>
 OTKD_DEVICE void log_iterate(const Problem<T>& p, double* shared) {
     const Part all{0, 1};
+    OTKD_ROLLED
     for (int64_t k = 0; k < p.args.num_iters; ++k) {
         log_rows<E>(p, all, k);
         barrier();
         log_columns<E>(p, all, k, shared);
-        if (p.args.tol > 0 || (p.args.relaxation == 0 && auto_due(k + 1))) {
-            barrier();
-            log_plan_rows<E>(p, all);
-            barrier();
-            log_control(p, k, shared);
-            barrier();
-            if (!p.state()->running) break;
-        }
+        barrier();
+        const bool watched = p.args.tol > 0 || (p.args.relaxation == 0 && auto_due(k + 1));
+        if (!watched && k + 1 < p.args.num_iters) continue;
+        log_plan_rows<E>(p, all);
+        barrier();
+        if (!watched) break;
+        log_control(p, k, shared);
+        barrier();
+        if (!p.state()->running) break;
     }
-    barrier();
-    log_plan_rows<E>(p, all);
-    barrier();
 }
 
 // A whole solve by one block. `shared`: log_shared_bytes. A call, so that its registers are not those of the tiles.

@@ -59,10 +59,11 @@ struct Problem {
     const T* cost;  // (n, m)
     T* grad_cost;   // (n, m) or null; may be the cost's own memory
     double* memory;
+    double per_epsilon;
 
     OTKD_DEVICE Problem(const Batch<T>& all, int64_t at, const T* own_cost, T* own_grad)
         : batch(all), args(all.args), index(at), n(all.args.n), m(all.args.m), cost(own_cost), grad_cost(own_grad),
-          memory(reinterpret_cast<double*>(all.args.workspace) + at * all.workspace_stride) {}
+          memory(reinterpret_cast<double*>(all.args.workspace) + at * all.workspace_stride), per_epsilon(1.0 / all.args.epsilon) {}
     OTKD_DEVICE Problem(const Batch<T>& all, int64_t at)
         : Problem(all, at, all.args.cost + at * all.cost_stride,
                   all.args.grad_cost ? all.args.grad_cost + at * all.args.n * all.args.m : nullptr) {}
@@ -81,7 +82,7 @@ struct Problem {
     OTKD_DEVICE bool plain() const {
         return args.relaxation == 1 && args.penalty_a == kInfinity && args.penalty_b == kInfinity;
     }
-    OTKD_DEVICE double exponent(int64_t i, int64_t j) const { return static_cast<double>(cost[i * m + j]) / args.epsilon; }
+    OTKD_DEVICE double exponent(int64_t i, int64_t j) const { return static_cast<double>(cost[i * m + j]) * per_epsilon; }
     OTKD_DEVICE double* history() const { return args.history ? args.history + index * batch.history_stride : nullptr; }
     template <class S>
     OTKD_DEVICE S* kept_u(int64_t slot) const {
@@ -122,7 +123,7 @@ struct Problem {
   private:
     OTKD_DEVICE double start(const T* potential, int64_t k) const {
         const double given = potential ? static_cast<double>(potential[k]) : 0.0;
-        return fabs(given) < kInfinity ? given / args.epsilon : 0.0;
+        return fabs(given) < kInfinity ? given * per_epsilon : 0.0;
     }
 };
 

@@ -60,10 +60,10 @@ class TileBackward {
   private:
     OTKD_DEVICE const T* u_of(int64_t k) const { return p.template kept_u<T>(unroll ? k : 1); }
     OTKD_DEVICE const T* v_of(int64_t k) const { return p.template kept_v<T>(unroll ? k : 1); }
+    // v before step k; step 0, from the loop's start, only where start_of_loop has filled memory.v.
     OTKD_DEVICE T before(int64_t k, int j) const {
         if (!unroll) return p.template kept_v<T>(0)[j];
-        if (k > 0) return p.template kept_v<T>(k - 1)[j];
-        return p.mass_b(j) > 0 ? static_cast<T>(exp(p.start_gamma(j))) : T(0);
+        return k > 0 ? p.template kept_v<T>(k - 1)[j] : memory.v[j];
     }
     OTKD_DEVICE T* z(int64_t k) const { return reinterpret_cast<T*>(p.adjoints()) + k * (n + m); }
     OTKD_DEVICE T* w(int64_t k) const { return z(k) + n; }
@@ -144,7 +144,15 @@ class TileBackward {
             }
             tile.column_sums(s, memory.partial);
             barrier();
-            for (int j = thread_id(); j < m; j += block_threads()) memory.sums[j] = -before(k, j) * memory.column_sum(j);
+            // what comes before step 0 is a constant
+            for (int j = thread_id(); k > 0 && j < m; j += block_threads()) memory.sums[j] = -before(k, j) * memory.column_sum(j);
+        }
+        barrier();
+        start_of_loop();
+    }
+    OTKD_DEVICE void start_of_loop() {
+        for (int j = thread_id(); unroll && j < m; j += block_threads()) {
+            memory.v[j] = p.mass_b(j) > 0 ? static_cast<T>(exp(p.start_gamma(j))) : T(0);
         }
         barrier();
     }
