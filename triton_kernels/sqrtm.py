@@ -233,8 +233,9 @@ def sqrtm_fwd(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]
         with on_device(A):
             size = tiles(d)
             work = empty((count, 4, size["N"], size["N"]), A, torch.float64)
+            eps = torch.finfo(A.dtype).eps * (1.0 if inverse else reference.derivative_level(A.dtype, d))
             root_kernel[(count,)](
-                A, S, aux, work, d, torch.finfo(A.dtype).eps, INVERSE=inverse, **size, enable_fp_fusion=True
+                A, S, aux, work, d, eps, INVERSE=inverse, **size, enable_fp_fusion=True
             )
     return S, aux
 

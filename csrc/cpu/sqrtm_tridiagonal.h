@@ -3,7 +3,7 @@
 //   A^(1/2) = sum_k s_k v_k v_k^T,   A^(-1/2) = sum v_k v_k^T / s_k over the s_k above rounding (the pseudo-inverse)
 //
 // In double, because eigenvalues of a float matrix in float are off by its rounding times the largest one. The adjoint divides the gradient in
-// the eigenbasis, V G V^T, by s_k + s_l, except between two directions whose eigenvalues are below the rounding of A's entries, eps |A|; indefinite and
+// the eigenbasis, V G V^T, by s_k + s_l, except between two directions whose eigenvalues are below the rounding of A's entries; indefinite and
 // singular matrices are solved as the reference solves them. Composition and adjoint by products on panels, 7 n^3 operations.
 #pragma once
 #include "lane_eigen.h"
@@ -82,7 +82,9 @@ struct TridiagonalRoot {
         T* aux = args.aux + index * (n + 1) * n;
         double squares = 0;
         for (int64_t k = 0; k < n; ++k) squares += values[k * width<double>] * values[k * width<double>];
-        const double level = std::numeric_limits<T>::epsilon() * std::sqrt(squares);
+        // reference/sqrtm.py says why the gradient has a level of its own
+        const double share = args.inverse || sizeof(T) == sizeof(double) ? 1.0 : std::fmin(0.5, 1 / std::sqrt(static_cast<double>(n)));
+        const double level = share * std::numeric_limits<T>::epsilon() * std::sqrt(squares);
         load_panels(aux, n, n, false, PowerOfTwo<T>(0), factor);
         for (int64_t k = 0; k < n; ++k) {
             const double value = values[k * width<double>];

@@ -241,8 +241,10 @@ OTKD_KERNEL(32, 8) jacobi_root_backward(OTKD_CONSTANT SqrtmArgs<T> args) {
     }
     const double root = at.there && lane < d ? static_cast<double>(aux[d * d + lane]) : 0.0;
     const double largest = at.most(root), unit = largest > 0 ? largest : 1.0, relative = root / unit;
-    const double norm = sqrt(at.sum(relative * relative * relative * relative));
-    const bool kept = relative * relative > norm * kRounding<T>;
+    const double square = relative * relative, squares = at.sum(square * square);
+    // reference/sqrtm.py says why the gradient of the root has a level of its own
+    const double more = args.inverse || sizeof(T) == sizeof(double) ? 1.0 : d < 4 ? 4.0 : d;
+    const bool kept = square * square * more > squares * (kRounding<T> * kRounding<T>);
     const double broken = at.sum(root) * 0;  // NaN where the matrix was not finite
     barrier();
     combine([&](int k) { return V[lane * line + k]; }, other, d, row);  // V G

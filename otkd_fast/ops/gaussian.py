@@ -19,14 +19,16 @@ from . import _library, polar, sqrtm
 from ._library import native
 
 # batches of float32 matrices up to this size are solved side by side, by eigenvalues; others by polar factors
-_SIDE_BY_SIDE, _FEWEST = 64, 8
+_SIDE_BY_SIDE, _FEWEST = 32, 8
 # What is computed here: matrices whose Cholesky pivots, relative to their variances, are above the rounding of float32,
 # and products whose singular values are above this fraction of the largest; the reference's formulas do the others.
 _PIVOT, _SMALLEST_ROOT = 3e-8, 3e-6
-_STEPS = 11  # of polar factors: singular values down to 1e-5 of the largest go to 1
-# d - |P|^2 adds up what is missing of the squares of the d singular values of a polar factor: at most this, and this
-# times d for their rounding
+# Polar factors: |P|^2 - d adds up what is missing of the squares of its d singular values; at most this, and this times
+# d for their rounding.
 _MISSING = {torch.float32: (1e-3, 3e-6), torch.float64: (1e-10, 1e-14)}
+# Steps by a guess of the condition number; 7, 9 and 11 steps serve 1e3, 1e4 and 1e5, and those of float64 its digits.
+_STEPS = {torch.float32: ((1e2, 7), (1e3, 9)), torch.float64: ((1e3, 9),)}
+_CHUNK_BYTES = 2 << 20
 # without the inverse root, products of any rank will do for factors with pivots above this
 _GOOD_PIVOT = 1e-3
 _ROWS_IN_A_BLOCK = 160  # CUDA: larger samples with more rows than features: the d x d problem of their QR factors
@@ -104,12 +106,16 @@ def _bures_cpu(A: Tensor, B: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor
     value, grad_a, grad_b, right = compute(A, B, need_a, need_b)
     if not right.all():
         rest = right.logical_not().nonzero().squeeze(-1)
-        answers = reference.bures(A[rest], B[rest], need_a=need_a, need_b=need_b, polar=polar._cpu)
+        answers = reference.bures(A[rest], B[rest], need_a=need_a, need_b=need_b, polar=_polar_of_singular)
         for own, answer in zip((value, grad_a, grad_b), answers, strict=True):
             if own is not None:
                 own[rest] = answer
     grads = ((grad_a, need_a), (grad_b, need_b))
     return value.view(shape[:-2]), *(grad.view(shape) if need else value.new_empty(0) for grad, need in grads)
+
+
+def _polar_of_singular(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    return polar._cpu(K, steps + 2)  # down to 1e-6 of the largest singular value, for the digits of the norm
 
 
 def _from_one_factor(
@@ -147,22 +153,60 @@ def _from_one_factor(
 def _from_two_factors(
     A: Tensor, B: Tensor, need_a: bool, need_b: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The same from A = F F^T, B = G G^T and P = polar(F^T G): the maps are F P G^-1 from B to A, G P^T F^-1 from A to B.
+    """The same from A = F F^T, B = G G^T, P = polar(F^T G): F P G^-1 maps B to A, and G P^T F^-1 maps A to B.
 
-    The polar factor is of the dtype of A and B, everything else in float64.
+    The polar factor is of the dtype of A and B, all else in float64. A few matrices at a time: new memory for all of
+    them would cost as much as the products.
     """
-    (F, pivot_a), (G, pivot_b) = (_cholesky(wide) for wide in (symmetric(A), symmetric(B)))
-    K = F.mT @ G  # (P, d, d)
-    narrow, norms = polar._cpu(K.to(A.dtype), _STEPS)
-    P = narrow.double()
-    value = F.square().sum((-2, -1)) + G.square().sum((-2, -1)) - 2 * norms
-    base, slope = _MISSING[A.dtype]
-    d = A.shape[-1]
-    missing = (d - P.square().sum((-2, -1))).abs()
-    right = (pivot_a > _PIVOT) & (pivot_b > _PIVOT) & value.isfinite() & (missing <= base + slope * d)
-    grad_a = _less_map(_right_solve(G @ P.mT, F), A.dtype) if need_a else None
-    grad_b = _less_map(_right_solve(F @ P, G), A.dtype) if need_b else None
+    count, d, _ = A.shape
+    size = min(count, max(2, _CHUNK_BYTES // (8 * d * d)))
+    buffers = [A.new_empty((size, d, d), dtype=torch.float64) for _ in range(4)]
+    value, right = A.new_empty(count, dtype=torch.float64), A.new_empty(count, dtype=torch.bool)
+    grad_a, grad_b = (A.new_empty(A.shape) if need else None for need in (need_a, need_b))
+    for begin in range(0, count, size):
+        part = slice(begin, begin + size)
+        F, G, K, X = (buffer[: len(A[part])] for buffer in buffers)
+        pivot = torch.minimum(_factor(A[part], F, X), _factor(B[part], G, X))
+        torch.bmm(F.mT, G, out=K)
+        narrow, missing = _polar(K.to(A.dtype), F, G)
+        P = narrow.double()
+        value[part] = F.square().sum((-2, -1)) + G.square().sum((-2, -1)) - 2 * (K * P).sum((-2, -1))
+        right[part] = (pivot > _PIVOT) & value[part].isfinite() & ~missing
+        for grad, source, image, factor in ((grad_a, G, P.mT, F), (grad_b, F, P, G)):
+            if grad is not None:
+                torch.bmm(source, image, out=K)
+                torch.linalg.solve_triangular(factor, K, upper=False, left=False, out=X)
+                torch.add(X, X.mT, out=K).mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1)
+                grad[part] = K
     return value.clamp_(min=0).to(A.dtype), grad_a, grad_b, right
+
+
+def _factor(A: Tensor, L: Tensor, scratch: Tensor) -> Tensor:
+    """L (P, d, d), float64, as :func:`_cholesky`; its smallest pivots (P,)."""
+    scratch.copy_(A).add_(A.mT).mul_(0.5)
+    factor, pivot = _cholesky(scratch)
+    L.copy_(factor)
+    return pivot
+
+
+def _polar(K: Tensor, F: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Polar factors of K = F^T G (P, d, d), and which of them (P,) are not orthogonal: too small singular values."""
+    base, slope = _MISSING[K.dtype]
+    most = base + slope * K.shape[-1]
+
+    def missing(P: Tensor) -> Tensor:
+        return (P.double().square().sum((-2, -1)) - P.shape[-1]).abs() > most
+
+    smallest = F.diagonal(dim1=-2, dim2=-1).amin(-1) * G.diagonal(dim1=-2, dim2=-1).amin(-1)  # (P,)
+    guess = float((torch.linalg.matrix_norm(K.double()) / smallest).amax())
+    steps = next((steps for limit, steps in _STEPS[K.dtype] if guess < limit), 11)
+    P, _ = polar._cpu(K, steps)
+    wrong = missing(P)
+    if wrong.any():
+        # P has the same polar factor and larger singular values than K: as if there had been more steps
+        P[wrong] = polar._cpu(P[wrong], 11)[0]
+        wrong = missing(P)
+    return P, wrong
 
 
 def _cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,11 +214,6 @@ def _cholesky(A: Tensor) -> tuple[Tensor, Tensor]:
     L, info = torch.linalg.cholesky_ex(A)
     pivots = L.diagonal(dim1=-2, dim2=-1).square() / A.diagonal(dim1=-2, dim2=-1)
     return L, torch.where(info == 0, pivots.amin(-1), 0)
-
-
-def _right_solve(X: Tensor, L: Tensor) -> Tensor:
-    """X L^-1 for a lower triangular L."""
-    return torch.linalg.solve_triangular(L, X, upper=False, left=False)
 
 
 def _less_map(T: Tensor, dtype: torch.dtype) -> Tensor:

@@ -76,7 +76,7 @@ def bures(
     Args:
         A, B: (..., d, d), float32 or float64, with the same batch axes; only the symmetric parts count.
         need_a, need_b: which gradients to compute.
-        polar: what computes polar factors and nuclear norms of float64 matrices, from the matrices and a number of steps.
+        polar: computes polar factors and nuclear norms of float64 matrices, from these and a number of steps.
 
     Returns:
         value (...), gradients of A and B or None, symmetric, in the dtype of `A`.

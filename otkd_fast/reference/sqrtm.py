@@ -5,9 +5,10 @@ U of F^T. 'newton_schulz': the coupled cubic iteration of the literature (Higham
 6.35), kept for comparison; it needs A to be positive definite. The adjoint solves S X + X S = G in the eigenbasis of A;
 it never divides by the gaps of eigenvalues, as the derivative of eigenvectors does.
 
-Eigenvalues up to eps |A|_F, with eps of the dtype of A, are taken for rounded zeros in two places: the inverse root
-leaves their directions out (pseudo-inverse), and an entry of G between two such directions, where the root has no
-finite derivative, counts 0. Everything is computed in float64.
+Small eigenvalues are taken for rounded zeros in two places: the inverse root leaves out directions up to eps |A|_F
+(pseudo-inverse), with eps of the dtype of A; in the adjoint of the root an entry of G between two of them, where the
+root has no finite derivative, counts 0. There the level of float32 matrices is :func:`derivative_level`, so that small
+eigenvalues which are none of the rounding keep their part. Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _NEWTON_SCHULZ_STEPS = 24
 def sqrtm_fwd(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
     """A^(1/2), or A^(-1/2) with `inverse`, of A (..., d, d), float32 or float64, and `aux` for the adjoint."""
     if algorithm in ("auto", "eigh"):
-        basis = _eigenbasis(A)
+        basis = _eigenbasis(A, inverse)
         return _from_eigenbasis(basis, inverse).to(A.dtype), basis
     S = (_polar if algorithm == "polar" else _newton_schulz)(A, inverse)
     return S.to(A.dtype), S.new_empty(0)
@@ -33,7 +34,7 @@ def sqrtm_fwd(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]
 
 def sqrtm_bwd(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, algorithm: str) -> Tensor:
     """Gradient (..., d, d) of A, symmetric, for the gradient `grad` of the result S of :func:`sqrtm_fwd`."""
-    basis = aux if algorithm in ("auto", "eigh") else _eigenbasis(A)
+    basis = aux if algorithm in ("auto", "eigh") else _eigenbasis(A, inverse)
     roots, kept, V = basis[..., 0, :], basis[..., 1, :] > 0, basis[..., 2:, :]
     sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)  # (..., d, d)
     pairs = kept.unsqueeze(-1) & kept.unsqueeze(-2) if inverse else kept.unsqueeze(-1) | kept.unsqueeze(-2)
@@ -44,11 +45,21 @@ def sqrtm_bwd(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, al
     return symmetric(V @ X @ V.mT).to(A.dtype)
 
 
-def _eigenbasis(A: Tensor) -> Tensor:
+def derivative_level(dtype: torch.dtype, d: int) -> float:
+    """Eigenvalues up to this times eps |A|_F may come from the rounding of a matrix (d, d) that was singular.
+
+    The bound is 1/2, met if all entries are rounded alike; independent errors move eigenvalues by 0.4 / sqrt(d) or so.
+    In float64 it is the eigenvalues themselves that are computed to eps |A|.
+    """
+    return min(0.5, d**-0.5) if dtype == torch.float32 else 1.0
+
+
+def _eigenbasis(A: Tensor, inverse: bool) -> Tensor:
     """(..., d + 2, d): square roots of the eigenvalues, 1 where they are above rounding, eigenvectors."""
     wide = symmetric(A)
     values, V = eigh(wide)
-    kept = values > rounding_level(wide, A.dtype)  # (..., d)
+    share = 1.0 if inverse else derivative_level(A.dtype, A.shape[-1])
+    kept = values > share * rounding_level(wide, A.dtype)  # (..., d)
     return torch.cat((torch.stack((values.clamp(min=0).sqrt(), kept.to(values.dtype)), -2), V), -2)
 
 

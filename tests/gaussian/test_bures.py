@@ -263,3 +263,33 @@ def test_float32_gradient_is_closer_than_eigh_and_autograd(backend, generator):
         (grad,) = torch.autograd.grad(distance(leaf).sum(), leaf)
         errors.append(float(torch.linalg.matrix_norm((grad + grad.mT) / 2 - expected).mean()))
     assert errors[0] < errors[1] / 5
+
+
+@pytest.mark.parametrize("d, batch", [(12, 5), (40, 9), (130, 17)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", backends("gaussian_wasserstein", compiled_only=True))
+def test_pairs_of_every_condition_side_by_side(backend, dtype, d, batch, generator):
+    """Larger than what is computed at a time; pairs that need few steps, many, and eigenvalues."""
+    kinds = ("geometric 1e2", "geometric 1e6", "rank d - 1", "power law", "identity")
+    A, B = torch.empty(2, batch, d, d, dtype=torch.float64)
+    for k, kind in enumerate(kinds):
+        A[k::5] = covariance(kind, d, generator=generator, batch=A[k::5].shape[:1], scale=10.0**k)
+        B[k::5] = covariance("geometric 1e4", d, generator=generator, batch=A[k::5].shape[:1])
+    A, B = A.to(dtype).requires_grad_(), B.to(dtype).requires_grad_()
+    value = otkd_fast.bures_distance(A, B, backend=backend)
+    grads = torch.autograd.grad(value.sum(), (A, B))
+    (alone,) = torch.autograd.grad(otkd_fast.bures_distance(A, B.detach(), backend=backend).sum(), A)
+    A, B = A.detach(), B.detach()
+    error = (value.detach().double() - bures(A, B)).abs() / traces(A, B)
+    singular = torch.arange(batch) % 5 == 2
+    assert float(error[~singular].max()) <= tolerance("bures_distance", "value", dtype).atol
+    assert float(error[singular].max()) <= torch.finfo(dtype).eps ** 0.5
+    bound = tolerance("bures_distance", "gradient", dtype).rtol
+    for grad in (*grads, alone):
+        assert torch.equal(grad, grad.mT) and grad.isfinite().all()
+    for k in (0, 4):  # condition numbers up to 1e4
+        to_b, to_a = transport_gradient(B[k::5], A[k::5]), transport_gradient(A[k::5], B[k::5])
+        for grad, expected in ((grads[0], to_b), (alone, to_b), (grads[1], to_a)):
+            assert_norm_close(grad[k::5], expected, bound, context=kinds[k])
+    smaller = otkd_fast.bures_distance(A[:2], B[:2], backend=backend)
+    torch.testing.assert_close(smaller, value[:2].detach(), rtol=1e-6 if dtype == torch.float32 else 1e-11, atol=0)
