@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "csrc" / "cuda" / "resources.json"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FILES = (
-    "cost_matrix", "cost_matrix_ragged", "gaussian", "matrix_product", "moments", "polar", "sinkd", "sinkhorn",
+    "bures", "cost_matrix", "cost_matrix_ragged", "gaussian", "matrix_product", "moments", "polar", "sinkd", "sinkhorn",
     "sinkhorn_ragged", "sqrtm", "sqrtm_large",
 )  # fmt: skip
 NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
