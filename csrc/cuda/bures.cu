@@ -36,7 +36,7 @@ struct Bures {
 };
 
 template <class T>
-OTKD_KERNEL(kFactorThreads) covariance_factor(OTKD_CONSTANT Bures<T> all) {
+OTKD_KERNEL(kFactorThreads, 1) covariance_factor(OTKD_CONSTANT Bures<T> all) {
     const BuresArgs<T>& args = all.args;
     const int64_t entries = args.d * args.d, index = block_id();
     const T* a = index < args.batch ? args.a + index * entries : args.b + (index - args.batch) * entries;
@@ -69,7 +69,7 @@ OTKD_KERNEL(kFactorThreads) covariance_factor(OTKD_CONSTANT Bures<T> all) {
 }
 
 template <class T>
-OTKD_KERNEL(kJacobiThreads) covariance_eigenvectors(OTKD_CONSTANT Bures<T> all) {
+OTKD_KERNEL(kJacobiThreads, 1) covariance_eigenvectors(OTKD_CONSTANT Bures<T> all) {
     const BuresArgs<T>& args = all.args;
     const int64_t d = args.d, entries = d * d, index = block_id();
     if (!all.singular[index]) return;
