@@ -16,12 +16,11 @@ from .measure import SLOW, VERY_SLOW
 from .memory import TITLES as MEMORY_TITLES
 from .results_file import fail, load
 from .run import FAMILIES, RESULTS
+from .summary import OURS, summary
 
-README_OPS = ("sinkd", "sinkhorn_shared", "training_step")
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PICTURES = ("<!-- pictures:begin -->", "<!-- pictures:end -->")
-OURS = "otkd_fast"
 
 
 def milliseconds(value: float) -> str:
@@ -143,25 +142,41 @@ def dates(report: dict) -> str:
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}, put together from runs of {len(days)} days"
 
 
-def heading(report: dict) -> str:
+def measured_on(report: dict) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     threads, cpu = f"{machine['threads']} threads of {machine['cpu']}", machine["instruction_set"]
     return (
-        f"{report['dtype']}, {threads} ({cpu}), {versions}, {dates(report)}. Medians in milliseconds, the "
-        "variants interleaved in one run, after the answers were checked against float64; in brackets the ratio to "
-        f"otkd_fast. A call of more than {SLOW:g} s was timed twice, one of more than {VERY_SLOW:g} s once."
+        f"{report['dtype']}, {threads} ({cpu}), {versions}, {dates(report)}. Medians, the variants interleaved in one "
+        "run, after the answers were checked against float64."
     )
 
 
-def markdown(report: dict, ops: tuple[str, ...] | None = None) -> str:
-    """The tables with what they were measured on, and where a peer's answer differs; `ops` chooses families."""
-    lines = [heading(report)]
-    cases = [case for case in report["cases"] if ops is None or case["op"] in ops]
+def heading(report: dict) -> str:
+    return (
+        f"{measured_on(report)} Milliseconds; in brackets the ratio to otkd_fast. "
+        f"A call of more than {SLOW:g} s was timed twice, one of more than {VERY_SLOW:g} s once."
+    )
+
+
+def short(report: dict) -> str:
+    """The README's table: a line a family."""
+    text = (
+        "How many times as long the fastest other takes that gives the same answer (released loops, POT, geomloss, "
+        "OTT-JAX, KeOps, PyTorch, torch.compile, as far as they solve the same problem), at the size where otkd_fast "
+        "stands worst and where it stands best; below 1 the other is faster. All times, sizes, peers and answers: "
+        "[benchmarks](docs/benchmarks.md)."
+    )
+    return "\n".join([measured_on(report), "", text, "", *summary(report)])
+
+
+def markdown(report: dict) -> str:
+    """The tables with what they were measured on, and where a peer's answer differs."""
+    lines, cases = [heading(report)], report["cases"]
     for family in FAMILIES:
         own = [case for case in cases if case["op"] == family.op and OURS in case["results"]]
         lines += section(family, own) if own else []
-    if ops is None and report.get("memory"):
+    if report.get("memory"):
         lines += memory_table(report["memory"])
     missing = left_out(cases)
     return "\n".join(lines + (["", "Left out:", "", *missing] if missing else []))
@@ -222,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("json", type=Path, nargs="?", default=RESULTS / "cpu.json", help="file of bench run (default: %(default)s)")
     add("--update-docs", action="store_true", help=f"write the pages, between {BEGIN} and {END}")
-    add("--readme", type=Path, default=ROOT / "README.md", help="gets some of the tables")
+    add("--readme", type=Path, default=ROOT / "README.md", help="gets a line a family")
     add("--docs", type=Path, default=ROOT / "docs" / "benchmarks.md", help="gets all of them")
     add("--numerics", type=Path, default=ROOT / "docs" / "numerics.md", help="gets the exponents and floors")
     add("--plot", type=Path, default=scaling.PLOT, help="gets their plot")
@@ -235,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     source = f"bench/results/{options.json.name}"
     cases = ["", "The published problems, and where each is measured:", "", *published.markdown()]
-    update(options.readme, markdown(report, README_OPS), source)
+    update(options.readme, short(report), source)
     update(options.docs, markdown(report) + "\n" + "\n".join(cases), source)
     update(options.docs, pictures(report), source, PICTURES)
     if report.get("sweeps"):
