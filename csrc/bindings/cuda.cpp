@@ -275,6 +275,31 @@ void samples_value_and_gradients(int dtype, const Samples& call, const Place& pl
     with_type(dtype, [&](auto type) { cuda::gaussian_samples(samples_args<decltype(type)>(call), target_of(place)); });
 }
 
+// a, b, value, grad_a, grad_b, workspace; batch, d
+using BuresCall = std::tuple<Address, Address, Address, Address, Address, Address, int64_t, int64_t>;
+
+template <class T>
+BuresArgs<T> bures_args(const BuresCall& call) {
+    BuresArgs<T> args{};
+    Address a, b, value, grad_a, grad_b, workspace;
+    std::tie(a, b, value, grad_a, grad_b, workspace, args.batch, args.d) = call;
+    args.a = pointer<T>(a);
+    args.b = pointer<T>(b);
+    args.value = pointer<T>(value);
+    args.grad_a = pointer<T>(grad_a);
+    args.grad_b = pointer<T>(grad_b);
+    args.workspace = pointer<unsigned char>(workspace);
+    return args;
+}
+
+int64_t bures_workspace(int dtype, const BuresCall& call, const Place& place) {
+    return with_type(dtype, [&](auto type) { return cuda::bures_workspace_bytes(bures_args<decltype(type)>(call), target_of(place)); });
+}
+
+void bures_value_and_gradients(int dtype, const BuresCall& call, const Place& place) {
+    with_type(dtype, [&](auto type) { cuda::bures(bures_args<decltype(type)>(call), target_of(place)); });
+}
+
 template <class T>
 FeatureMomentsArgs<T> moments_args(const Moments& call) {
     FeatureMomentsArgs<T> args{};
@@ -371,6 +396,8 @@ void bind_cuda(pybind11::module_& module) {
     module.def("sqrtm_bwd", &root_backward);
     module.def("gaussian_samples_workspace", &samples_workspace);
     module.def("gaussian_samples", &samples_value_and_gradients);
+    module.def("bures_workspace", &bures_workspace);
+    module.def("bures", &bures_value_and_gradients);
     module.def("feature_moments_workspace", &moments_workspace);
     module.def("feature_moments_fwd", &moments_forward);
     module.def("feature_moments_bwd", &moments_backward);

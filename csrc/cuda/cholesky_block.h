@@ -106,14 +106,16 @@ struct BlockCholesky {
     }
 
     // out (n, n) = R D, rows beyond the rank 0; A = out^T out
-    OTKD_DEVICE void store_factor(T* out) const {
+    template <class S>
+    OTKD_DEVICE void store_factor(S* out) const {
         for (int64_t e = thread_id(); e < static_cast<int64_t>(n) * n; e += kFactorThreads) {
-            out[e] = e / n < rank ? static_cast<T>(rows[e] * deviation[e % n]) : T(0);
+            out[e] = e / n < rank ? static_cast<S>(rows[e] * deviation[e % n]) : S(0);
         }
     }
     // out (n, n) = R^-T D^-1; A^-1 = out^T out
-    OTKD_DEVICE void store_inverse(const double* inverse, T* out) const {
-        for (int64_t e = thread_id(); e < static_cast<int64_t>(n) * n; e += kFactorThreads) out[e] = static_cast<T>(inverse[e] / deviation[e % n]);
+    template <class S>
+    OTKD_DEVICE void store_inverse(const double* inverse, S* out) const {
+        for (int64_t e = thread_id(); e < static_cast<int64_t>(n) * n; e += kFactorThreads) out[e] = static_cast<S>(inverse[e] / deviation[e % n]);
     }
 
   private:

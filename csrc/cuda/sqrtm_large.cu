@@ -51,7 +51,7 @@ struct LargeRoot {
 };
 
 template <class T>
-OTKD_KERNEL(kFactorThreads) root_factor(OTKD_CONSTANT LargeRoot<T> all) {
+OTKD_KERNEL(kFactorThreads, 1) root_factor(OTKD_CONSTANT LargeRoot<T> all) {
     const SqrtmArgs<T>& args = all.args;
     const int64_t d = args.d, entries = d * d, index = block_id();
     const T* a = args.matrix + index * entries;
@@ -124,7 +124,7 @@ OTKD_KERNEL(kFactorThreads) root_end(OTKD_CONSTANT LargeRoot<T> all) {
 }
 
 template <class T>
-OTKD_KERNEL(kJacobiThreads) root_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> all) {
+OTKD_KERNEL(kJacobiThreads, 1) root_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> all) {
     const SqrtmArgs<T>& args = all.args;
     const int64_t d = args.d, entries = d * d, index = block_id();
     if (!all.left[index]) return;
@@ -157,7 +157,7 @@ OTKD_DEVICE int doublings(double lower, double upper) {
 
 // S scaled, (S + I)^-1 to `factor`, as F^-1 and F^-T of its factor to `folded`, and the symmetric part of G.
 template <class T>
-OTKD_KERNEL(kFactorThreads) adjoint_begin(OTKD_CONSTANT LargeRoot<T> all) {
+OTKD_KERNEL(kFactorThreads, 1) adjoint_begin(OTKD_CONSTANT LargeRoot<T> all) {
     const SqrtmArgs<T>& args = all.args;
     const int64_t d = args.d, entries = d * d, index = block_id();
     const double upper = args.aux[2 * index], lower = args.aux[2 * index + 1];
@@ -213,7 +213,7 @@ OTKD_DEVICE void slow_product(const double* v, const X& x, int64_t d, Form form,
 }
 
 template <class T>
-OTKD_KERNEL(kJacobiThreads) adjoint_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> all) {
+OTKD_KERNEL(kJacobiThreads, 1) adjoint_by_eigenvectors(OTKD_CONSTANT LargeRoot<T> all) {
     const SqrtmArgs<T>& args = all.args;
     const int64_t d = args.d, entries = d * d, index = block_id();
     if (!all.left[index]) return;

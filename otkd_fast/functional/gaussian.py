@@ -15,7 +15,7 @@ from ._validate import check_tensor
 from ._value_and_gradients import value_and_gradients
 
 _FROM_SAMPLES = operators("gaussian_wasserstein_from_samples")
-_BURES = operators("bures_distance")["cpu"]
+_BURES = operators("bures_distance")
 
 
 def gaussian_wasserstein_from_samples(
@@ -116,8 +116,8 @@ def bures_distance(A: Tensor, B: Tensor, *, backend: str | None = None) -> Tenso
 
 
 def _bures(A, B, need_a, need_b, *, backend):
-    if backend == "cpu":
-        return _BURES(A, B, need_a, need_b)
+    if backend in _BURES:
+        return _BURES[backend](A, B, need_a, need_b)
     return reference.bures(A, B, need_a=need_a, need_b=need_b)
 
 

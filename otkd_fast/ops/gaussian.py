@@ -3,7 +3,8 @@
 ``gaussian_wasserstein_from_samples``: W2^2 between the Gaussians fitted to two samples (``csrc/cpu/gaussian.cpp``,
 ``csrc/cuda/gaussian.cu``).
 ``bures_distance``: between covariances, from one Cholesky factor and one batch of eigenvalue problems
-(``csrc/cpu/lane_eigen.h``), or from two Cholesky factors and a polar factor (``csrc/cpu/polar.cpp``).
+(``csrc/cpu/lane_eigen.h``), or from two Cholesky factors and the polar factor of their product (``csrc/cpu/polar.cpp``;
+on CUDA always: ``csrc/cuda/bures.cu``).
 
 The gradients come with the value, for an incoming gradient of 1; one that is not needed is an empty tensor (0,).
 """
@@ -223,8 +224,26 @@ def _less_map(T: Tensor, dtype: torch.dtype) -> Tensor:
     return T.to(dtype)
 
 
+def _bures_cuda(A: Tensor, B: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor, Tensor]:
+    A, B = A.contiguous(), B.contiguous()
+    value, grad_a, grad_b = outputs = _bures_fake(A, B, need_a, need_b)
+    d = A.shape[-1]
+    if value.numel() == 0:
+        return outputs
+    if d > sqrtm.CUDA_LIMIT:
+        found = reference.bures(A, B, need_a=need_a, need_b=need_b)
+        return tuple(t if got is None else got for t, got in zip(outputs, found, strict=True))
+    code, results = _library.dtype_code(A), tuple(t.data_ptr() if t.numel() else 0 for t in outputs)
+    call, sizes = (A.data_ptr(), B.data_ptr(), *results), (value.numel(), d)
+    needed = _library.cuda.bures_workspace(code, (*call, 0, *sizes), _library.place(A))
+    scratch = _library.cuda_workspace(A, needed)
+    _library.launch("bures_distance", A, "bures", code, (*call, scratch.data_ptr(), *sizes))
+    return outputs
+
+
 _library.register(
     "bures_distance(Tensor A, Tensor B, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
     _bures_fake,
     _bures_cpu,
+    cuda=_bures_cuda,
 )

@@ -59,6 +59,7 @@ def replace(emulated, monkeypatch):
     monkeypatch.setitem(sqrtm._BACKWARD, "cpu", sqrtm_op._bwd_cuda)
     monkeypatch.setitem(polar._FORWARD, "cpu", polar_op._cuda)
     monkeypatch.setitem(gaussian._FROM_SAMPLES, "cpu", gaussian_op._cuda)
+    monkeypatch.setitem(gaussian._BURES, "cpu", gaussian_op._bures_cuda)
     monkeypatch.setitem(moments._FWD, "cpu", moments_op._fwd_cuda)
     monkeypatch.setitem(moments._BWD, "cpu", moments_op._bwd_cuda)
 

@@ -222,6 +222,18 @@ void root(int64_t d, bool inverse, bool products) {
 }
 
 template <class T>
+void bures(int64_t d) {
+    const int64_t batch = 2;
+    Buffer<T> a = noise<T>(batch * d * d, -1, 1), b = noise<T>(batch * d * d, -1, 1), value(batch), grad_a(batch * d * d), grad_b(batch * d * d);
+    for (int64_t i = 0; i < d; ++i) a.data[i * d + i] += static_cast<T>(2 * d);  // the others are indefinite
+    BuresArgs<T> args{a.get(), b.get(), value.get(), grad_a.get(), grad_b.get(), nullptr, batch, d};
+    Buffer<unsigned char> memory = workspace(cuda::bures_workspace_bytes(args, kTarget));
+    args.workspace = memory.get();
+    cuda::bures(args, kTarget);
+    for (Buffer<T>* result : {&value, &grad_a, &grad_b}) result->expect_finite("bures");
+}
+
+template <class T>
 void packed(Metric metric, Gradient gradient, double epsilon) {
     const int64_t rows[] = {3, 0, 40, 2, 130}, columns[] = {5, 2, 35, 40, 3}, problems = 5, d = 6;
     Buffer<int64_t> row_offsets(problems + 1, 0), column_offsets(problems + 1, 0);
@@ -382,6 +394,7 @@ void all() {
     gaussian<T>(2, 161, 4, 2);
     for (int64_t d : {1, 5, 16, 19, 32}) root<T>(d, d == 5, false);
     for (int64_t d : {1, 6, 13, 34}) root<T>(d, d == 6, true);
+    for (int64_t d : {1, 7, 12}) bures<T>(d);
     packed<T>(Metric::l1, Gradient::unroll, 0.5);
     packed<T>(Metric::cosine, Gradient::unroll, 0.005);
     packed<T>(Metric::l2, Gradient::envelope, 0.5);

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "csrc" / "cuda" / "resources.json"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FILES = (
-    "cost_matrix", "cost_matrix_ragged", "gaussian", "matrix_product", "moments", "plan_apply", "polar", "sinkd",
-    "sinkhorn", "sinkhorn_points", "sinkhorn_ragged", "sinkhorn_shared", "sqrtm", "sqrtm_large",
+    "bures", "cost_matrix", "cost_matrix_ragged", "gaussian", "matrix_product", "moments", "plan_apply", "polar",
+    "sinkd", "sinkhorn", "sinkhorn_points", "sinkhorn_ragged", "sinkhorn_shared", "sqrtm", "sqrtm_large",
 )  # fmt: skip
 NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 

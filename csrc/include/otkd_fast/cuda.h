@@ -101,6 +101,10 @@ template <class T>
 int64_t gaussian_samples_workspace_bytes(const GaussianSamplesArgs<T>& args, const Target& target);
 template <class T>
 void gaussian_samples(const GaussianSamplesArgs<T>& args, const Target& target);
+template <class T>
+int64_t bures_workspace_bytes(const BuresArgs<T>& args, const Target& target);
+template <class T>
+void bures(const BuresArgs<T>& args, const Target& target);
 
 template <class T>
 int64_t feature_moments_workspace_bytes(const FeatureMomentsArgs<T>& args, bool backward);

@@ -17,6 +17,16 @@ struct GaussianSamplesArgs {
     int threads;
 };
 
+// Squared Bures distances between covariances, with gradients; CUDA only.
+template <class T>
+struct BuresArgs {
+    const T *a, *b;  // (batch, d, d), their symmetric parts count
+    T* value;        // (batch,)
+    T *grad_a, *grad_b;  // (batch, d, d) for an incoming 1, symmetric, or null
+    unsigned char* workspace;
+    int64_t batch, d;
+};
+
 #define OTKD_FAST_DECLARE_GAUSSIAN(ISA)                                            \
     namespace ISA {                                                                \
     void gaussian_samples(const GaussianSamplesArgs<float>&);                      \
