@@ -126,7 +126,7 @@ def root_kernel(A, S, aux, work, d, eps: tl.float64, INVERSE: tl.constexpr, N: t
     tl.debug_barrier()
     players, sweep, round = d + d % 2, tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     off = off_diagonal(X, N)
-    while (sweep < SWEEPS) & (off > RESIDUE * squares):
+    while (sweep < SWEEPS) & (off > squares * RESIDUE):
         for k in range(players - 1):
             source, target = X + round % 2 * N * N, X + (1 - round % 2) * N * N
             turn(source, source + 2 * N * N, target, target + 2 * N * N, k, players, N)

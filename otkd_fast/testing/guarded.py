@@ -3,7 +3,8 @@
 The interpreter does not notice accesses out of bounds. Here every access is checked twice: each address that a kernel
 loads or stores, where it is not masked off, must lie in a tensor of its arguments; and inputs and results lie between
 bands of NaN that must be untouched afterwards. The interpreter also cuts float32 to bfloat16 off where a GPU rounds to
-nearest: here it rounds.
+nearest: here it rounds; and it multiplies float32 matrices in float32 whatever precision a product asks for: here one
+TF32 product has the errors of TF32, and three have those of three.
 """
 
 from __future__ import annotations
@@ -154,6 +155,35 @@ def repair_rounding() -> None:
     builder.cast_impl = cast
 
 
+def repair_products() -> None:
+    """From now on the interpreter's float32 products are TF32 products where that is what a kernel asks for."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    before = builder.create_dot
+    if getattr(before, "by_precision", False):
+        return
+
+    def dot(self, a, b, d, precision, *rest):
+        name = str(getattr(precision, "name", precision)).rpartition(".")[2]
+        if a.data.dtype != np.float32 or name not in ("TF32", "TF32x3"):
+            return before(self, a, b, d, precision, *rest)
+        high_a, high_b = _tf32(a.data), _tf32(b.data)
+        total = d.data + np.matmul(high_a, high_b)
+        if name == "TF32x3":
+            total += np.matmul(_tf32(a.data - high_a), high_b) + np.matmul(high_a, _tf32(b.data - high_b))
+        return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
+
+    dot.by_precision = True
+    builder.create_dot = dot
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to the nearest with 10 bits after the point, ties to even."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+    return np.where(np.isfinite(x), (rounded & np.uint32(0xFFFFE000)).view(np.float32), x)
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte and one past the last of the elements of a tensor."""
     start = tensor.data_ptr()
@@ -168,6 +198,7 @@ def _checked_addresses(guards: Guards) -> Iterator[None]:
     """The interpreter's loads and stores compared with the memory of the arguments of the kernel that runs."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
     repair_rounding()
+    repair_products()
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     before = executor.__call__, builder.create_masked_load, builder.create_masked_store
     spans: list[tuple[np.ndarray, np.ndarray]] = []

@@ -64,6 +64,27 @@ def test_a_write_to_a_band_is_caught():
         torch.as_strided(out, (1,), (1,), out.storage_offset() + 3).fill_(1)
 
 
+@triton.jit
+def product_kernel(a, b, out, PRECISION: tl.constexpr):
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    tl.store(out + 16 * i + j, tl.dot(tl.load(a + 16 * i + j), tl.load(b + 16 * i + j), input_precision=PRECISION))
+
+
+@pytest.mark.parametrize("precision, least, most", [("tf32", 1e-4, 1e-3), ("tf32x3", 0, 1e-6), ("ieee", 0, 5e-7)])
+def test_products_have_the_precision_that_they_ask_for(precision, least, most, generator):
+    """A single TF32 product is seen in the result, as on a GPU."""
+    a, b = torch.randn(2, 16, 16, generator=generator)
+
+    def run(a, b):
+        out = _runtime.empty((16, 16), a)
+        product_kernel[(1,)](a, b, out, PRECISION=precision)
+        return out
+
+    exact = a.double() @ b.double()
+    error = (run_guarded(run, a, b) - exact).norm() / exact.norm()
+    assert least <= error <= most
+
+
 def test_results_start_as_nan():
     with guarded() as guards:
         assert guards.empty((2, 3), dtype=torch.bfloat16, device=torch.device("cpu")).isnan().all()
