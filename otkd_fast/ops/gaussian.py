@@ -4,7 +4,7 @@
 ``csrc/cuda/gaussian.cu``).
 ``bures_distance``: between covariances, from one Cholesky factor and one batch of eigenvalue problems
 (``csrc/cpu/lane_eigen.h``), or from two Cholesky factors and the polar factor of their product (``csrc/cpu/polar.cpp``;
-on CUDA always: ``csrc/cuda/bures.cu``).
+on CUDA: ``csrc/cuda/bures.cu``).
 
 The gradients come with the value, for an incoming gradient of 1; one that is not needed is an empty tensor (0,).
 """
