@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import otkd_fast
+from otkd_fast import reference
 from otkd_fast.functional._sinkhorn_options import COVERED, GRADIENTS, OUTPUTS
 from otkd_fast.ops.sinkhorn import KEEP_ALL, history_size
 from otkd_fast.testing import assert_close, backends, instruction_sets, random_problem, use_instruction_set
@@ -217,3 +218,26 @@ def test_history_holds_the_last_scalings_only(generator):
     assert history.shape == (10, history_size(4, 4, 500, KEEP_ALL, together=True))
     few = torch.ops.otkd_fast.sinkhorn_fwd(cost[:3], a[:3], b[:3], None, None, *options)[6]
     assert few.shape == (3, history_size(4, 4, 500, KEEP_ALL))
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("total", [0.5, 2.0])
+def test_totals_that_differ_drift_out_of_range(total, isa, generator):
+    """Where nobody may look at the masses, scalings double or halve at each iteration: float32 does not hold them."""
+    cost, a, b = problems(6, 5, 19, generator)
+    b = torch.where(torch.arange(19).unsqueeze(1) % 3 == 0, total * b, b)
+    options = (EPSILON, 200, 0.0, 1.0, torch.inf, torch.inf, True, 0)
+    with use_instruction_set(isa):
+        results = torch.ops.otkd_fast.sinkhorn_fwd(cost, a, b, None, None, *options)
+    expected = reference.sinkhorn(cost.double(), a.double(), b.double(), epsilon=EPSILON, num_iters=200)
+    for actual, name in zip(results, OUTPUTS, strict=False):
+        scale = float(getattr(expected, name)[getattr(expected, name).isfinite()].abs().max())
+        assert_close(actual, getattr(expected, name), "sinkhorn", QUANTITIES[name], scale=scale, context=name)
+
+
+def test_reported_error_is_the_one_that_stopped_the_loop(generator):
+    """In every bit: none of 20000 problems says that it stopped above tol."""
+    cost, a, b = problems(4, 3, 20000, generator)
+    result = otkd_fast.sinkhorn(cost, a, b, epsilon=EPSILON, num_iters=200, tol=1e-5)
+    stopped = result.num_iters < 200
+    assert stopped.sum() > 10000 and result.marginal_error[stopped].max() <= 1e-5
