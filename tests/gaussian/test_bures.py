@@ -293,3 +293,17 @@ def test_pairs_of_every_condition_side_by_side(backend, dtype, d, batch, generat
             assert_norm_close(grad[k::5], expected, bound, context=kinds[k])
     smaller = otkd_fast.bures_distance(A[:2], B[:2], backend=backend)
     torch.testing.assert_close(smaller, value[:2].detach(), rtol=1e-6 if dtype == torch.float32 else 1e-11, atol=0)
+
+
+@pytest.mark.parametrize("backend", backends("gaussian_wasserstein", compiled_only=True))
+def test_large_float32_values_without_a_gradient(backend, generator):
+    A, B = (covariance(kind, 512, generator=generator, batch=(2,)).float() for kind in ("geometric 1e2", "power law"))
+    B[1] = A[1]
+    value = otkd_fast.bures_distance(A, B, backend=backend)
+    assert float(((value.double() - bures(A, B)) / traces(A, B)).abs().max()) <= 1e-6
+    with_gradient = otkd_fast.bures_distance(A.requires_grad_(), B, backend=backend)
+    assert float(((value - with_gradient.detach()) / traces(A.detach(), B)).abs().max()) <= 1e-6
+    broken = A.detach().clone()
+    broken[0, 3, 5] = torch.nan
+    spoilt = otkd_fast.bures_distance(broken, B, backend=backend)
+    assert spoilt[0].isnan() and torch.equal(spoilt[1], value[1])
