@@ -79,6 +79,18 @@ def test_finite_on_every_spectrum(backend, algorithm, dtype, name, inverse, gene
     assert gradient(A, G, inverse=inverse, algorithm=algorithm, backend=backend).isfinite().all()
 
 
+@pytest.mark.parametrize("backend, algorithm", [run for run in RUNS if run[1] in ("eigh", "tridiagonal")])
+def test_no_gradient_between_directions_that_only_rounding_keeps_from_zero(backend, algorithm, generator):
+    for d in (6, 24, 40):
+        rows = torch.randn(33, d // 2, d, generator=generator, dtype=torch.float64)
+        A = (rows.mT @ rows).float()  # of rank d / 2 before the rounding
+        null = torch.linalg.qr(rows.mT, mode="complete").Q[..., d // 2 :]
+        G = torch.randn(A.shape, generator=generator)
+        grad = gradient(A, G, algorithm=algorithm, backend=backend).double()
+        left = torch.linalg.matrix_norm(null.mT @ grad @ null) / torch.linalg.matrix_norm(grad)
+        assert float(left.max()) < 1e-2, d
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend, algorithm", RUNS)
 def test_identity_and_zero(backend, algorithm, dtype):
