@@ -6,7 +6,7 @@
 //
 // Rows of F and not of A: small eigenvalues come out to u sqrt(condition) (Veselic and Hari, Numer. Math. 56, 1989). The lanes go
 // through the same pairs in the same order; one whose rows are orthogonal rotates no more, so its bits do not depend on its
-// neighbours. The adjoint divides by s_k + s_l in the eigenbasis. About 2.5 n^3 operations a sweep, 5 to 8 sweeps.
+// neighbours. The adjoint divides by s_k + s_l in the eigenbasis. About 1.5 n^3 multiply-adds a sweep, 5 to 8 sweeps.
 #pragma once
 #include <algorithm>
 

@@ -1,5 +1,5 @@
-// Roots (not inverse ones) of small semidefinite matrices by products, one in each lane, as sqrtm_polar.h has them. It takes half the time
-// of the rotations (sqrtm_jacobi.h), whose factor F of A = F^T F and whose memory it uses.
+// Roots (not inverse ones) of small semidefinite matrices by products, one in each lane, as sqrtm_polar.h has them: without
+// a gradient faster than the rotations (sqrtm_jacobi.h) from d = 12 or so on. Uses their factor F of A = F^T F and their memory.
 //
 // The Frobenius norm of the inverse of F F^T says how many steps of the schedule a lane needs. The others are the identity for it: its bits
 // do not depend on its neighbours. About 2 (k + 1) n^3 multiply-adds for k steps.

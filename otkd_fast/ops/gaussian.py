@@ -21,6 +21,7 @@ from ._library import native
 
 # batches of float32 matrices up to this size are solved side by side, by eigenvalues; others by polar factors
 _SIDE_BY_SIDE, _FEWEST = 32, 8
+_VALUES_ALONE = 512  # float32: from here on the value without a gradient, too, by eigenvalues (without eigenvectors)
 # What is computed here: matrices whose Cholesky pivots, relative to their variances, are above the rounding of float32,
 # and products whose singular values are above this fraction of the largest; the reference's formulas do the others.
 _PIVOT, _SMALLEST_ROOT = 3e-8, 3e-6
@@ -102,8 +103,9 @@ def _bures_cpu(A: Tensor, B: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor
         return outputs
     A, B = A.reshape(-1, d, d), B.reshape(-1, d, d)
     # in float64 the squares of singular values would cost half of the digits
-    side_by_side = A.dtype == torch.float32 and d <= _SIDE_BY_SIDE and len(A) >= _FEWEST
-    compute = _from_one_factor if side_by_side else _from_two_factors
+    side_by_side, alone = d <= _SIDE_BY_SIDE and len(A) >= _FEWEST, d >= _VALUES_ALONE and not (need_a or need_b)
+    one_factor = A.dtype == torch.float32 and (side_by_side or alone)
+    compute = _from_one_factor if one_factor else _from_two_factors
     value, grad_a, grad_b, right = compute(A, B, need_a, need_b)
     if not right.all():
         rest = right.logical_not().nonzero().squeeze(-1)
@@ -133,8 +135,13 @@ def _from_one_factor(
     wide_a, wide_b = symmetric(A), symmetric(B)  # (P, d, d)
     L, pivot = _cholesky(wide_b)
     M = L.mT @ wide_a @ L
-    root, aux = sqrtm._fwd_cpu(M, False, "tridiagonal")
-    vectors, roots = aux[:, :-1], aux[:, -1].abs()  # eigenvectors in rows, their eigenvalues (P, d)
+    if A.shape[-1] > _SIDE_BY_SIDE:  # no gradient is wanted
+        finite = M.isfinite().all(-1).all(-1)[:, None, None]
+        roots = torch.linalg.eigvalsh(torch.where(finite, M, 0)).clamp_(min=0).sqrt_()
+        roots = torch.where(finite[:, 0], roots, torch.nan)
+    else:
+        root, aux = sqrtm._fwd_cpu(M, False, "tridiagonal")
+        vectors, roots = aux[:, :-1], aux[:, -1].abs()  # eigenvectors in rows, their eigenvalues (P, d)
     variances = wide_b.diagonal(dim1=-2, dim2=-1)
     value = wide_a.diagonal(dim1=-2, dim2=-1).sum(-1) + variances.sum(-1) - 2 * roots.sum(-1)
     regular = roots.amin(-1) > _SMALLEST_ROOT * roots.amax(-1)

@@ -24,7 +24,7 @@ TRIDIAGONAL_LIMIT, TRIDIAGONAL_BATCH = 128, 32
 CUDA_JACOBI_LIMIT, CUDA_LIMIT = 32, 2048
 # without a gradient, sizes that products serve faster than eigenvectors: with a matrix in each lane of a vector, and
 # large ones
-ALONE, ALONE_BATCH, ALONE_LARGE = range(7, JACOBI_LIMIT + 1), 8, 40
+ALONE, ALONE_BATCH, ALONE_LARGE = range(12, JACOBI_LIMIT + 1), 8, 40
 
 
 def chosen(algorithm: str, A: Tensor) -> str:

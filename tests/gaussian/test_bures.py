@@ -265,7 +265,7 @@ def test_float32_gradient_is_closer_than_eigh_and_autograd(backend, generator):
     assert errors[0] < errors[1] / 5
 
 
-@pytest.mark.parametrize("d, batch", [(12, 5), (40, 9), (130, 17)])
+@pytest.mark.parametrize("d, batch", [(12, 5), (12, 40), (40, 9), (130, 17)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", backends("gaussian_wasserstein", compiled_only=True))
 def test_pairs_of_every_condition_side_by_side(backend, dtype, d, batch, generator):
@@ -291,5 +291,23 @@ def test_pairs_of_every_condition_side_by_side(backend, dtype, d, batch, generat
         to_b, to_a = transport_gradient(B[k::5], A[k::5]), transport_gradient(A[k::5], B[k::5])
         for grad, expected in ((grads[0], to_b), (alone, to_b), (grads[1], to_a)):
             assert_norm_close(grad[k::5], expected, bound, context=kinds[k])
+    if dtype == torch.float64:  # singular: what its range does not determine is left out
+        leaf = A[2::5].clone().requires_grad_()
+        (left_out,) = torch.autograd.grad(otkd_fast.bures_distance(leaf, B[2::5], backend="reference").sum(), leaf)
+        assert_norm_close(grads[0][2::5], left_out, 1e-9)
     smaller = otkd_fast.bures_distance(A[:2], B[:2], backend=backend)
     torch.testing.assert_close(smaller, value[:2].detach(), rtol=1e-6 if dtype == torch.float32 else 1e-11, atol=0)
+
+
+@pytest.mark.parametrize("backend", backends("gaussian_wasserstein", compiled_only=True))
+def test_large_float32_values_without_a_gradient(backend, generator):
+    A, B = (covariance(kind, 512, generator=generator, batch=(2,)).float() for kind in ("geometric 1e2", "power law"))
+    B[1] = A[1]
+    value = otkd_fast.bures_distance(A, B, backend=backend)
+    assert float(((value.double() - bures(A, B)) / traces(A, B)).abs().max()) <= 1e-6
+    with_gradient = otkd_fast.bures_distance(A.requires_grad_(), B, backend=backend)
+    assert float(((value - with_gradient.detach()) / traces(A.detach(), B)).abs().max()) <= 1e-6
+    broken = A.detach().clone()
+    broken[0, 3, 5] = torch.nan
+    spoilt = otkd_fast.bures_distance(broken, B, backend=backend)
+    assert spoilt[0].isnan() and torch.equal(spoilt[1], value[1])

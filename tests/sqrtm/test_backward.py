@@ -55,7 +55,7 @@ def test_sums_of_several_slices(backend, generator):
     assert_norm_close(S.double() @ S.double(), A.double(), tolerance("sqrtm", "residual", torch.float32).rtol)
 
 
-@pytest.mark.parametrize("name", ["geometric 1e4", "geometric 1e6", "power law", "two clusters"])
+@pytest.mark.parametrize("name", ["geometric 1e4", "geometric 1e6", "geometric 1e7", "power law", "two clusters"])
 @pytest.mark.parametrize("backend, algorithm", RUNS)
 def test_float32_is_five_times_closer_than_eigh_and_loewner(backend, algorithm, name, generator):
     """A direct formula in float32 divides by sums of roots that eigh's rounding has spoilt."""
@@ -77,6 +77,18 @@ def test_finite_on_every_spectrum(backend, algorithm, dtype, name, inverse, gene
     A = covariance(name, 24, generator=generator, batch=(2,)).to(dtype)
     G = torch.randn(2, 24, 24, generator=generator, dtype=torch.float64).to(dtype)
     assert gradient(A, G, inverse=inverse, algorithm=algorithm, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize("backend, algorithm", [run for run in RUNS if run[1] in ("eigh", "tridiagonal")])
+def test_no_gradient_between_directions_that_only_rounding_keeps_from_zero(backend, algorithm, generator):
+    for d in (6, 24, 40):
+        rows = torch.randn(33, d // 2, d, generator=generator, dtype=torch.float64)
+        A = (rows.mT @ rows).float()  # of rank d / 2 before the rounding
+        null = torch.linalg.qr(rows.mT, mode="complete").Q[..., d // 2 :]
+        G = torch.randn(A.shape, generator=generator)
+        grad = gradient(A, G, algorithm=algorithm, backend=backend).double()
+        left = torch.linalg.matrix_norm(null.mT @ grad @ null) / torch.linalg.matrix_norm(grad)
+        assert float(left.max()) < 1e-2, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
