@@ -369,6 +369,42 @@ void between_points(int64_t n, int64_t m, int64_t d, Metric metric, double epsil
 }
 
 template <class T>
+void together(int64_t n, int64_t m, double epsilon, Gradient gradient) {
+    const int64_t batch = 65;
+    Buffer<T> cost = noise<T>(n * m, 0, 1), transport(batch), dual(batch), f(batch * n), g(batch * m), error(batch);
+    Buffer<T> incoming = noise<T>(batch, 0.5, 1), grad_cost(n * m), grad_a(batch * n), grad_b(batch * m);
+    Buffer<int64_t> iterations(batch, 0);
+    SinkhornArgs<T> args{};
+    args.cost = cost.get();
+    args.batch = batch;
+    args.n = n;
+    args.m = m;
+    args.num_iters = 2;
+    args.epsilon = epsilon;
+    args.keep = gradient == Gradient::unroll ? Keep::all : gradient == Gradient::last_step ? Keep::last_step : Keep::last;
+    args.gradient = gradient;
+    Buffer<double> history(batch * history_stride(args));
+    args.history = history.get();
+    args.transport_cost = transport.get();
+    args.regularized_cost = dual.get();
+    args.f = f.get();
+    args.g = g.get();
+    args.marginal_error = error.get();
+    args.iterations = iterations.get();
+    Buffer<unsigned char> memory = workspace(cuda::sinkhorn_shared_workspace_bytes(args, false));
+    args.workspace = memory.get();
+    cuda::sinkhorn_shared_fwd(args, kTarget);
+    Buffer<unsigned char> more = workspace(cuda::sinkhorn_shared_workspace_bytes(args, true));
+    args.workspace = more.get();
+    args.grad_transport_cost = args.grad_regularized_cost = incoming.get();
+    args.grad_cost = grad_cost.get();
+    args.grad_a = grad_a.get();
+    args.grad_b = grad_b.get();
+    cuda::sinkhorn_shared_bwd(args, kTarget);
+    for (Buffer<T>* result : {&transport, &dual, &f, &g, &error, &grad_cost, &grad_a, &grad_b}) result->expect_finite("together");
+}
+
+template <class T>
 void all() {
     for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
         costs<T>(metric, 3, 66, 18, 0);
@@ -407,6 +443,9 @@ void all() {
         between_points<T>(size[0], size[1], size[2], Metric::cosine, 0.3, Gradient::envelope, 0);
         between_points<T>(size[0], size[1], size[2], Metric::cosine, 0.3, Gradient::last_step, 0);
     }
+    together<T>(3, 193, 0.2, Gradient::unroll);
+    together<T>(200, 2, 0.2, Gradient::last_step);
+    together<T>(3, 193, sizeof(T) == sizeof(float) ? 0.01 : 0.001, Gradient::unroll);
     moments<T>(2, 7, 7, 4, 1);
     moments<T>(2, 30, 9, 2, 1);
     moments<T>(1, 5, 70, 3, 9);

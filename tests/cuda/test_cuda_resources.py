@@ -17,6 +17,8 @@ MAY_SPILL = {
     r"sinkd_tile<double>": "a double takes two registers",
     r"(differentiate_packed|solve_packed)<double, Shape<2, 8, 4, 8>>": "a double takes two registers",
     r"differentiate_packed<float, Shape<1, 8, 1, 8>>": "8 bytes are read again, once a problem",
+    r"points_(block|join|once)<(float|double)>": "a word or two, once a step; on 100 up to 40 bytes, once a problem",
+    r"points_gradient<(float|double), double>": "a double takes two registers; once a tile",
     r"(differentiate_tile|sinkd_tile)<float(, Shape<1, 8, 4, 16>)?>": "128 registers a thread, with 512 threads",
 }
 
@@ -33,7 +35,9 @@ def test_table_has_every_kernel():
         "sample_means", "sample_rows", "samples_value", "centre_factor", "window_moments", "moments_gradient",
         "jacobi_root", "jacobi_root_backward", "root_factor", "root_end", "root_by_eigenvectors", "adjoint_begin",
         "adjoint_end", "adjoint_by_eigenvectors", "covariance_factor", "covariance_eigenvectors", "bures_value",
-        "bures_gradient",
+        "bures_gradient", "points_block", "points_join", "points_once", "points_gradient", "plan_product",
+        "plan_gradient", "shared_range", "shared_summary", "shared_matrices", "shared_turn", "shared_product",
+        "shared_join", "shared_left", "shared_left_cost", "shared_cost_gradient",
     }  # fmt: skip
 
 

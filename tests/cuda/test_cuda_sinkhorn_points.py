@@ -31,11 +31,16 @@ def sides(k):
     return {"update_first": "ab"[k % 2], "backend": "cpu"}
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("shapes", [IN_ONE, LAUNCHES, DEEP], ids=["in one", "launches", "deep"])
-@pytest.mark.parametrize("dtype, ratio", [(F32, 0.1), (F32, 0.004), (F64, 0.1)], ids=["float", "wide", "double"])
-def test_values_and_gradients(dtype, ratio, shapes, metric, guarded, generator):
+KINDS = {"float": (F32, 0.1), "wide": (F32, 0.004), "double": (F64, 0.1)}
+CASES = [(kind, IN_ONE, metric) for kind in KINDS for metric in METRICS]
+CASES += [(kind, LAUNCHES, metric) for kind, metric in zip((*KINDS, "float"), METRICS, strict=True)]
+CASES += [("float", DEEP, "l1"), ("float", DEEP, "cosine"), ("double", DEEP, "sqeuclidean")]
+
+
+@pytest.mark.parametrize("kind, shapes, metric", CASES, ids=str)
+def test_values_and_gradients(kind, shapes, metric, guarded, generator):
     """Of every output, so that every adjoint takes part; two problems, masses of zero."""
+    dtype, ratio = KINDS[kind]
     for k, (n, m, d) in enumerate(shapes):
         points = random_points(n, m, d, batch=(2,), zeros=min(n, m) > 1, generator=generator)
         options = {"epsilon": epsilon_of(points, metric, ratio), "num_iters": 2, **sides(k + METRICS.index(metric))}
