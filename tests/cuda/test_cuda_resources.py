@@ -33,7 +33,7 @@ def test_table_has_every_kernel():
         "sample_means", "sample_rows", "samples_value", "centre_factor", "window_moments", "moments_gradient",
         "jacobi_root", "jacobi_root_backward", "root_factor", "root_end", "root_by_eigenvectors", "adjoint_begin",
         "adjoint_end", "adjoint_by_eigenvectors", "covariance_factor", "covariance_eigenvectors", "bures_value",
-        "bures_gradient",
+        "bures_gradient", "sample_factor", "convert",
     }  # fmt: skip
 
 
