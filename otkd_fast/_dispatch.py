@@ -85,7 +85,7 @@ _LEFT_TO_REFERENCE = {
     ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
     ("sinkhorn_shared", "triton"): "gradient='implicit': its linear solve is the reference's",
     ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
-    ("sqrtm", "cuda"): "matrices beyond 2048 x 2048 and algorithms 'eigh', 'newton_schulz': as the reference",
+    ("sqrtm", "cuda"): "matrices beyond 2048 x 2048, 'eigh' and 'newton_schulz': as the reference",
     ("gaussian_wasserstein", "cuda"): "matrices beyond 2048 x 2048 and more rows than so many features: as the reference",
 }
 

@@ -85,7 +85,7 @@ def test_small_shared_memory(inverse, guarded, emulated, generator):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bounds_for_the_adjoint(dtype, guarded, generator):
-    """Of the eigenvalues of the root, 0 where the adjoint takes eigenvectors: definite matrices of any condition do not."""
+    """Of the eigenvalues of the root; 0 where the adjoint takes eigenvectors, which definite matrices do not need."""
     powers = (0, 2, 5) if dtype == torch.float32 else (0, 5, 12)
     A = torch.stack([covariance(6, torch.logspace(0, -power, 6), generator) for power in powers]).to(dtype)
     with guarded:
