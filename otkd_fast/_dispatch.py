@@ -86,7 +86,7 @@ _LEFT_TO_REFERENCE = {
     ("sinkhorn_shared", "triton"): "gradient='implicit': its linear solve is the reference's",
     ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
     ("sqrtm", "cuda"): "matrices beyond 2048 x 2048, 'eigh' and 'newton_schulz': as the reference",
-    ("gaussian_wasserstein", "cuda"): "matrices beyond 2048 x 2048 and more rows than so many features: as the reference",
+    ("gaussian_wasserstein", "cuda"): "more than 2048 features and even more rows: as the reference",
 }
 
 # up to which size one launch solves a problem, for `explain`
