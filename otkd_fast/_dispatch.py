@@ -90,8 +90,8 @@ _LEFT_TO_REFERENCE = {
     ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
     ("sinkhorn_shared", "triton"): "gradient='implicit': products of matrices by PyTorch, two a step for all problems",
     ("sinkhorn_points", "triton"): "gradient='implicit': its linear solve is the reference's, on a plan in memory",
-    ("sqrtm", "cuda"): "matrices beyond 2048 x 2048 and algorithms 'eigh', 'newton_schulz': as the reference",
-    ("gaussian_wasserstein", "cuda"): "over 160 rows where both samples have more rows than features: as the reference",
+    ("sqrtm", "cuda"): "matrices beyond 2048 x 2048, 'eigh' and 'newton_schulz': as the reference",
+    ("gaussian_wasserstein", "cuda"): "more than 2048 features and even more rows: as the reference",
 }
 
 # up to which size one launch solves a problem, for `explain`

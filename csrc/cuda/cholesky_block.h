@@ -61,7 +61,7 @@ struct BlockCholesky {
         chosen = place + n;
     }
 
-    OTKD_DEVICE Definiteness factorize() {
+    OTKD_DEVICE Definiteness factorize(double tolerance = kFactorPivot<T>) {
         for (int i = thread_id(); i < n; i += kFactorThreads) {
             const double variance = matrix(i, i);
             deviation[i] = variance > 0 ? sqrt(variance) : 0.0;
@@ -75,7 +75,7 @@ struct BlockCholesky {
             barrier();
             const int pivot = chosen[0];
             const double size = top[0], root = sqrt(size);
-            if (!(size > kFactorPivot<T>)) break;
+            if (!(size > tolerance)) break;
             reduce(pivot, rank, rows, [&](int j) { return j == pivot ? size : correlation(pivot, j); }, [&](int j, double value) {
                 const double entry = j == pivot ? root : place[j] == -1 ? value / root : 0.0;
                 rows[static_cast<int64_t>(rank) * n + j] = entry;
@@ -89,17 +89,17 @@ struct BlockCholesky {
         return left_over() <= kFactorRest<T> ? Definiteness::semidefinite : Definiteness::indefinite;
     }
 
-    // inverse (n, n) = R^-T, of a definite matrix; the columns in the order of A. Returns |R^-T D^-1|^2 (Frobenius).
+    // inverse (rank, n) = R^-T, the columns in the order of A; 0 in those of no pivot. Returns |R^-T D^-1|^2 (Frobenius).
     OTKD_DEVICE double invert(double* inverse) {
         double squares = 0;
         OTKD_ROLLED
-        for (int k = 0; k < n; ++k) {
+        for (int k = 0; k < rank; ++k) {
             const int pivot = order[k];
             const double reciprocal = 1 / rows[static_cast<int64_t>(k) * n + pivot];
             reduce(pivot, k, inverse, [&](int j) { return j == pivot ? 1.0 : 0.0; }, [&](int j, double value) {
                 value *= reciprocal;
                 inverse[static_cast<int64_t>(k) * n + j] = value;
-                squares += value / deviation[j] * (value / deviation[j]);
+                if (value != 0) squares += value / deviation[j] * (value / deviation[j]);
             });
         }
         return block_sum(squares, scratch);
@@ -112,10 +112,12 @@ struct BlockCholesky {
             out[e] = e / n < rank ? static_cast<S>(rows[e] * deviation[e % n]) : S(0);
         }
     }
-    // out (n, n) = R^-T D^-1; A^-1 = out^T out
+    // out (n, n) = R^-T D^-1, rows beyond the rank 0; of a definite A^-1 = out^T out
     template <class S>
     OTKD_DEVICE void store_inverse(const double* inverse, S* out) const {
-        for (int64_t e = thread_id(); e < static_cast<int64_t>(n) * n; e += kFactorThreads) out[e] = static_cast<S>(inverse[e] / deviation[e % n]);
+        for (int64_t e = thread_id(); e < static_cast<int64_t>(n) * n; e += kFactorThreads) {
+            out[e] = e / n < rank && inverse[e] != 0 ? static_cast<S>(inverse[e] / deviation[e % n]) : S(0);
+        }
     }
 
   private:

@@ -3,12 +3,15 @@
 //   W2^2 = |mean_x - mean_y|^2 + |X|^2 / n + |Y|^2 / m - 2 <K, P>,   dW2^2 / dx_i = 2 (X_i / n - (P Y)_i / sqrt(n m)) + 2 (mean_x - mean_y) / n
 //
 // X, Y: centred rows (n - 1, m - 1 in place of n, m if unbiased, but not in the means), K = X Y^T / sqrt(n m) (n, m), P = polar(K).
+// Where both samples have more rows than features and a block does not hold K: K = F G^T (d, d) for factors X^T X = F^T F, Y^T Y = G^T G by pivoted
+// Cholesky (cholesky_block.h), and the image P Y becomes X F^-1 (P G), F^-1 of the pivots; Gram matrices, factors and F^-1 P G in double.
 // Launches: means and sizes; centred rows; K; P (polar.cu: one up to 160 x 160); the value; with gradients P less the mean of its columns, or of its
 // rows, and a product each. 2 n m d operations for K and each gradient; x and y are read three times, centred rows kept in the workspace.
 // Sums of squares, means and <K, P> in double; deviations are from the first row first: a constant sample has exactly none, and a large
 // mean costs no digits. Rows beyond 2^20 or below 2^-20 are scaled by a power of two, so that no square overflows or vanishes.
 #include "otkd_fast/gaussian.h"
 
+#include "cholesky_block.h"
 #include "matrix_product.h"
 #include "runtime.h"
 
@@ -17,7 +20,10 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kFeatures = 32, kPlainExponent = 20;
-constexpr int64_t kScratch = 32 * sizeof(double);
+constexpr int64_t kScratch = 32 * sizeof(double), kRowsInABlock = 160;
+// Directions in which a sample of this type is smaller than the square root of this, relative to its correlations, are left out.
+template <class T>
+constexpr double kSamplePivot = sizeof(T) == sizeof(float) ? 2.3e-13 : 8 * std::numeric_limits<double>::epsilon();
 
 template <class T>
 struct Samples {
@@ -31,6 +37,11 @@ struct Samples {
     T *centred_x, *centred_y;         // (batch, n, m): P less the mean of each column, of each row
     unsigned char* polar;
     int64_t polar_bytes;
+    bool tall, factor_in_shared;  // K from factors; all below only then
+    int64_t rows, columns;        // of K
+    double *wide_x, *wide_y, *gram, *inverse, *factor, *work;  // (batch, n, d), (batch, m, d); (2, batch, d, d) all
+    double *wide_P, *image, *solved;                           // (batch, d, d)
+    T *narrow, *solved_narrow;                                 // (2, batch, d, d), (batch, d, d): factor, solved
 };
 
 // One of the two samples of a problem, and some of its features.
@@ -40,6 +51,7 @@ struct Part {
     int side;
     const T* x;
     T* rows;
+    double* wide;  // or null
     OTKD_DEVICE explicit Part(const Samples<T>& all) {
         const uint32_t chunks = all.chunks, block = block_id();
         chunk = block % chunks;
@@ -50,6 +62,7 @@ struct Part {
         k = chunk * kFeatures + lane_id();
         x = (side ? all.args.y : all.args.x) + index * n * d;
         rows = (side ? all.rows_y : all.rows_x) + index * n * d;
+        wide = all.tall ? (side ? all.wide_y : all.wide_x) + index * n * d : nullptr;
     }
     OTKD_DEVICE int64_t at() const { return index * 2 + side; }
 };
@@ -94,6 +107,7 @@ OTKD_KERNEL(kThreads) sample_rows(OTKD_CONSTANT Samples<T> all) {
             T entry = (part.x[i * part.d + part.k] - first) - shift;
             if (exponent != 0) entry = ldexp(entry, -exponent);
             part.rows[i * part.d + part.k] = entry;
+            if (part.wide) part.wide[i * part.d + part.k] = entry;
             squares += static_cast<double>(entry) * entry;
         }
     }
@@ -108,7 +122,7 @@ template <class T>
 OTKD_KERNEL(kThreads) samples_value(OTKD_CONSTANT Samples<T> all) {
     double* scratch = reinterpret_cast<double*>(shared_memory());
     const GaussianSamplesArgs<T>& args = all.args;
-    const int64_t index = block_id(), entries = args.n * args.m;
+    const int64_t index = block_id(), entries = all.rows * all.columns;
     const double* mean = all.mean + index * 2 * args.d;
     double squares[2] = {0, 0}, gap = 0, norm = 0;
     for (int64_t c = thread_id(); c < all.chunks; c += kThreads) {
@@ -132,6 +146,28 @@ OTKD_KERNEL(kThreads) samples_value(OTKD_CONSTANT Samples<T> all) {
     const double n = static_cast<double>(args.n - args.unbiased), m = static_cast<double>(args.m - args.unbiased);
     const double value = gap + ldexp(x, 2 * ex) / n + ldexp(y, 2 * ey) / m - 2 * ldexp(norm / sqrt(n * m), ex + ey);
     args.value[index] = static_cast<T>(value < 0 ? 0 : value);
+}
+
+// Factor of a Gram matrix and its inverse; block_id: x of all problems, then y.
+template <class T>
+OTKD_KERNEL(kFactorThreads, 1) sample_factor(OTKD_CONSTANT Samples<T> all) {
+    const int64_t d = all.args.d, at = block_id() * d * d;
+    const SymmetricPart<double> gram(all.gram + at, d, 0, 0);
+    BlockCholesky<double> cholesky(gram, shared_memory(), all.factor_in_shared ? nullptr : all.work + at);
+    cholesky.factorize(kSamplePivot<T>);
+    double *factor = all.factor + at, *inverse = all.inverse + at;
+    cholesky.store_factor(factor);
+    cholesky.store_factor(all.narrow + at);
+    double* solved = all.gram + at;  // the matrix is not needed any more
+    barrier();
+    cholesky.invert(solved);
+    cholesky.store_inverse(solved, inverse);
+}
+
+template <class From, class To>
+OTKD_KERNEL(kThreads) convert(const From* from, To* to, int64_t count) {
+    const int64_t e = block_id() * kThreads + thread_id();
+    if (e < count) to[e] = static_cast<To>(from[e]);
 }
 
 // P less the mean of each column (x), of each row (y): rounding gives P a part there that the derivative has not. A warp a line.
@@ -159,7 +195,11 @@ int64_t lay_out(const GaussianSamplesArgs<T>& args, Samples<T>& all, const Targe
         piece = args.workspace ? reinterpret_cast<S*>(args.workspace + used) : nullptr;
         used += round_up(count * int64_t{sizeof(S)}, 64);
     };
-    const int64_t batch = args.batch, entries = batch * args.n * args.m;
+    all.tall = smaller(args.n, args.m) > args.d && larger(args.n, args.m) > kRowsInABlock;
+    all.factor_in_shared = BlockCholesky<double>::shared_bytes(args.d, true) <= shared_memory_limit(target);
+    all.rows = all.tall ? args.d : args.n;
+    all.columns = all.tall ? args.d : args.m;
+    const int64_t batch = args.batch, entries = batch * all.rows * all.columns, square = all.tall ? batch * args.d * args.d : 0;
     take(all.rows_x, batch * args.n * args.d);
     take(all.rows_y, batch * args.m * args.d);
     take(all.mean, batch * 2 * args.d);
@@ -170,12 +210,19 @@ int64_t lay_out(const GaussianSamplesArgs<T>& args, Samples<T>& all, const Targe
     take(all.K, entries);
     take(all.P, entries);
     take(all.norm, batch);
-    take(all.centred_x, args.grad_x ? entries : 0);
-    take(all.centred_y, args.grad_y ? entries : 0);
+    take(all.centred_x, args.grad_x && !all.tall ? entries : 0);
+    take(all.centred_y, args.grad_y && !all.tall ? entries : 0);
+    take(all.wide_x, all.tall ? batch * args.n * args.d : 0);
+    take(all.wide_y, all.tall ? batch * args.m * args.d : 0);
+    for (double** piece : {&all.gram, &all.inverse, &all.factor}) take(*piece, 2 * square);
+    take(all.work, all.factor_in_shared ? 0 : 2 * square);
+    for (double** piece : {&all.wide_P, &all.image, &all.solved}) take(*piece, square);
+    take(all.narrow, 2 * square);
+    take(all.solved_narrow, square);
     PolarArgs<T> polar{};
     polar.batch = batch;
-    polar.n = args.n;
-    polar.m = args.m;
+    polar.n = all.rows;
+    polar.m = all.columns;
     all.polar_bytes = polar_workspace_bytes(polar, target);
     take(all.polar, all.polar_bytes);
     return used;
@@ -184,29 +231,53 @@ int64_t lay_out(const GaussianSamplesArgs<T>& args, Samples<T>& all, const Targe
 template <class T>
 void factor(const Samples<T>& all, const Target& target) {
     const GaussianSamplesArgs<T>& args = all.args;
-    const int64_t n = args.n, m = args.m, d = args.d;
-    matrix_product(ProductArgs<T>{all.rows_x, all.rows_y, all.K, args.batch, n, m, d, n * d, d, 1, m * d, 1, d}, target);
+    const int64_t n = args.n, m = args.m, d = args.d, square = d * d, side = args.batch * square;
+    if (all.tall) {
+        matrix_product(ProductArgs<double>{all.wide_x, all.wide_x, all.gram, args.batch, d, d, n, n * d, 1, d, n * d, d, 1}, target);
+        matrix_product(ProductArgs<double>{all.wide_y, all.wide_y, all.gram + side, args.batch, d, d, m, m * d, 1, d, m * d, d, 1}, target);
+        const int64_t shared = BlockCholesky<double>::shared_bytes(d, all.factor_in_shared);
+        launch("sample_factor", sample_factor<T>, 2 * args.batch, kFactorThreads, shared, target, all);
+        matrix_product(ProductArgs<T>{all.narrow, all.narrow + side, all.K, args.batch, d, d, d, square, d, 1, square, 1, d}, target);
+    } else {
+        matrix_product(ProductArgs<T>{all.rows_x, all.rows_y, all.K, args.batch, n, m, d, n * d, d, 1, m * d, 1, d}, target);
+    }
     PolarArgs<T> polar{};
     polar.matrix = all.K;
     polar.polar = all.P;
     polar.nuclear_norm = all.norm;
     polar.workspace = all.polar;
     polar.batch = args.batch;
-    polar.n = n;
-    polar.m = m;
+    polar.n = all.rows;
+    polar.m = all.columns;
     polar_fwd(polar, target);
+}
+
+// solved_narrow (batch, d, d) = F^-1 P G, or G^-1 P^T F
+template <class T>
+void solve_image(const Samples<T>& all, bool of_y, const Target& target) {
+    const int64_t d = all.args.d, square = d * d, batch = all.args.batch, entries = batch * square, blocks = ceil_div(entries, kThreads);
+    const double *inverse = all.inverse + (of_y ? entries : 0), *other = all.factor + (of_y ? 0 : entries);
+    launch("convert", convert<T, double>, blocks, kThreads, 0, target, all.P, all.wide_P, entries);
+    const int64_t row = of_y ? 1 : d;
+    matrix_product(ProductArgs<double>{all.wide_P, other, all.image, batch, d, d, d, square, row, d + 1 - row, square, d, 1}, target);
+    matrix_product(ProductArgs<double>{inverse, all.image, all.solved, batch, d, d, d, square, 1, d, square, d, 1}, target);
+    launch("convert", convert<double, T>, blocks, kThreads, 0, target, all.solved, all.solved_narrow, entries);
 }
 
 template <class T>
 void gradient(const Samples<T>& all, bool of_y, const Target& target) {
     const GaussianSamplesArgs<T>& args = all.args;
-    const int64_t n = args.n, m = args.m, d = args.d, lines = of_y ? n : m;
-    launch("centre_factor", centre_factor<T>, ceil_div(args.batch * lines, kWarps), kThreads, 0, target, all, of_y);
-    ProductArgs<T> image = of_y
+    const int64_t n = args.n, m = args.m, d = args.d, count = of_y ? m : n;
+    if (all.tall) solve_image(all, of_y, target);
+    else launch("centre_factor", centre_factor<T>, ceil_div(args.batch * (n + m - count), kWarps), kThreads, 0, target, all, of_y);
+    const T* own_rows = of_y ? all.rows_y : all.rows_x;
+    ProductArgs<T> image = all.tall
+        ? ProductArgs<T>{own_rows, all.solved_narrow, of_y ? args.grad_y : args.grad_x, args.batch, count, d, d, count * d, d, 1, d * d, d, 1}
+        : of_y
         ? ProductArgs<T>{all.centred_y, all.rows_x, args.grad_y, args.batch, m, d, n, n * m, 1, m, n * d, d, 1}
         : ProductArgs<T>{all.centred_x, all.rows_y, args.grad_x, args.batch, n, d, m, n * m, m, 1, m * d, d, 1};
     const double own = static_cast<double>((of_y ? m : n) - args.unbiased), other = static_cast<double>((of_y ? n : m) - args.unbiased);
-    image.c = of_y ? all.rows_y : all.rows_x;
+    image.c = own_rows;
     image.alpha = -2 / std::sqrt(own * other);
     image.beta = 2 / own;
     image.row = all.offset + (of_y ? args.batch * d : 0);

@@ -33,7 +33,6 @@ _STEPS = {torch.float32: ((1e2, 7), (1e3, 9)), torch.float64: ((1e3, 9),)}
 _CHUNK_BYTES = 2 << 20
 # without the inverse root, products of any rank will do for factors with pivots above this
 _GOOD_PIVOT = 1e-3
-_ROWS_IN_A_BLOCK = 160  # CUDA: larger samples with more rows than features: the d x d problem of their QR factors
 
 
 def _fake(x: Tensor, y: Tensor, unbiased: bool, need_x: bool, need_y: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +65,7 @@ def _cuda(x: Tensor, y: Tensor, unbiased: bool, need_x: bool, need_y: bool) -> t
     value, grad_x, grad_y = outputs = _fake(x, y, unbiased, need_x, need_y)
     if value.numel() == 0:
         return outputs
-    if min(n, m) > d and max(n, m) > _ROWS_IN_A_BLOCK:
+    if min(n, m) > d > sqrtm.CUDA_LIMIT:
         found = reference.wasserstein_from_samples(x, y, unbiased=unbiased, need_x=need_x, need_y=need_y)
         return tuple(t if got is None else got for t, got in zip(outputs, found, strict=True))
     code, results = _library.dtype_code(x), tuple(t.data_ptr() if t.numel() else 0 for t in outputs)

@@ -428,6 +428,7 @@ void all() {
     gaussian<T>(5, 7, 33, 2);
     gaussian<T>(9, 3, 2, 1e12);
     gaussian<T>(2, 161, 4, 2);
+    gaussian<T>(6, 163, 4, 2);
     for (int64_t d : {1, 5, 16, 19, 32}) root<T>(d, d == 5, false);
     for (int64_t d : {1, 6, 13, 34}) root<T>(d, d == 6, true);
     for (int64_t d : {1, 7, 12}) bures<T>(d);

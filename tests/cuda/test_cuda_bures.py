@@ -48,7 +48,8 @@ def check(A, B, guard):
     value, *grads = distance_and_gradients(A, B, guard)
     expected, *wanted = bures(A, B, A.dtype)
     traces = (A + B).double().diagonal(dim1=-2, dim2=-1).clamp(min=0).sum(-1)
-    assert float(((value.double() - expected).abs() / traces).max()) <= tolerance("bures_distance", "value", A.dtype).atol
+    error = (value.double() - expected).abs() / traces
+    assert float(error.max()) <= tolerance("bures_distance", "value", A.dtype).atol
     for grad, want in zip(grads, wanted, strict=True):
         assert torch.equal(grad, grad.mT)
         assert_norm_close(grad, want, tolerance("bures_distance", "gradient", A.dtype).rtol)

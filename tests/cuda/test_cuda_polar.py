@@ -83,6 +83,14 @@ def test_polar_at_the_ends_of_the_range(limit, scale, guarded, emulated, generat
 
 def check_gaussian(x, y, guard, unbiased=False):
     """Value and gradients; the emulated ones."""
+    value, *grads = check_value(x, y, guard, unbiased)
+    expected = wasserstein_from_samples(x.double(), y.double(), unbiased=unbiased)
+    for grad, want in zip(grads, expected[1:], strict=True):
+        assert_norm_close(grad, want, tolerance("gaussian_wasserstein", "gradient", x.dtype).rtol)
+    return value, *grads
+
+
+def check_value(x, y, guard, unbiased=False):
     expected = wasserstein_from_samples(x.double(), y.double(), unbiased=unbiased)
     leaves = [t.clone().requires_grad_() for t in (x, y)]
     with guard:
@@ -91,8 +99,6 @@ def check_gaussian(x, y, guard, unbiased=False):
     rows = ((t - t.mean(-2, keepdim=True)).double().square().sum((-2, -1)) / t.shape[-2] for t in (x, y))
     error = (value.detach().double() - expected[0]).abs() / (sum(rows) + expected[0])
     assert float(error.max()) <= tolerance("gaussian_wasserstein", "value", x.dtype).atol
-    for grad, want in zip(grads, expected[1:], strict=True):
-        assert_norm_close(grad, want, tolerance("gaussian_wasserstein", "gradient", x.dtype).rtol)
     return value.detach(), *grads
 
 
@@ -112,12 +118,46 @@ def test_gaussian(size, dtype, unbiased, guarded, emulated, generator):
 
 
 def test_gaussian_of_large_samples(guarded, emulated, generator):
-    """Beyond a block: the polar factor in products; with few features: the reference."""
+    """Beyond a block: the polar factor in products."""
     emulated.set_shared_limit(9 * 1024)
     check_gaussian(*samples(3, 165, 170, generator, batch=(1,)), guarded)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gaussian_of_more_rows_than_features(dtype, unbiased, guarded, emulated, generator):
+    """K from d x d factors. The features may be dependent, and have any units."""
     before = emulated.launches()
-    check_gaussian(*samples(20, 165, 4, generator, batch=(1,)), guarded)
-    assert emulated.launches() == before
+    x, y = samples(20, 165, 7, generator, dtype)
+    check_gaussian(x, y, guarded, unbiased)
+    assert emulated.launches() == before + 18
+    check_gaussian(y, x, guarded, unbiased)
+    check_gaussian(x * torch.logspace(0, -2, 7, dtype=dtype), y, guarded, unbiased)
+
+
+def test_gaussian_of_dependent_features(guarded, generator):
+    x, y = samples(20, 165, 7, generator, torch.float64)
+    x[..., 3] = x[..., 1] - 2 * x[..., 5]
+    y[1, :, 2] = 0.5
+    value, grad_x, _ = check_value(x, y, guarded)
+    step = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    step[..., 3] = step[..., 1] - 2 * step[..., 5]  # inside the range, where the distance is smooth
+    ahead, behind = (wasserstein_from_samples(x + h * step, y)[0] for h in (1e-5, -1e-5))
+    torch.testing.assert_close((grad_x * step).sum((-2, -1)), (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_gaussian_of_more_rows_than_features_of_any_scale(scale, guarded, emulated, generator):
+    x, y = samples(165, 9, 3, generator, batch=(3,))
+    value, grad_x, grad_y = check_gaussian(x, y, guarded)
+    leaves = [(t * scale).requires_grad_() for t in (x, y)]
+    leaves[0].data[1, 2, 0] = torch.nan
+    with guarded:
+        scaled = otkd_fast.gaussian_wasserstein_from_samples(*leaves, backend="cpu")
+        grads = torch.autograd.grad(scaled.sum(), leaves)
+    assert scaled[1].isnan() and grads[1][1].isnan().any()
+    for got, want in zip(grads, (grad_x, grad_y), strict=True):
+        torch.testing.assert_close(got[[0, 2]] / scale, want[[0, 2]], rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])

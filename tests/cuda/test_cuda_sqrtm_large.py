@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import otkd_fast
+from otkd_fast.ops.sqrtm import _fwd_cuda
 from otkd_fast.testing import assert_norm_close, root_tolerance, tolerance
 
 DTYPES = [torch.float32, torch.float64]
@@ -80,6 +81,21 @@ def test_small_shared_memory(inverse, guarded, emulated, generator):
     pieces = check(A, guarded, generator.manual_seed(1), inverse, condition=1e2)
     for one, other in zip(whole, pieces, strict=True):
         assert_norm_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds_for_the_adjoint(dtype, guarded, generator):
+    """Of the eigenvalues of the root; 0 where the adjoint takes eigenvectors, which definite matrices do not need."""
+    powers = (0, 2, 5) if dtype == torch.float32 else (0, 5, 12)
+    A = torch.stack([covariance(6, torch.logspace(0, -power, 6), generator) for power in powers]).to(dtype)
+    with guarded:
+        _, bounds = _fwd_cuda(A, False, "polar")
+        _, singular = _fwd_cuda(low_rank(6, 3, generator, (1,)).to(dtype), False, "polar")
+    roots = torch.linalg.eigvalsh(A.double()).sqrt()
+    upper, lower = bounds.double().unbind(-1)
+    assert (upper >= roots[:, -1]).all() and (upper <= 6**0.5 * roots[:, -1]).all()
+    assert (lower <= roots[:, 0] * (1 + 1e-3)).all() and (lower >= roots[:, 0] / 3).all()
+    assert singular[0, 1] == 0
 
 
 @pytest.mark.parametrize("inverse", [False, True])
