@@ -1,7 +1,7 @@
 """The host side of ``_sinkhorn_products_kernels``: one cost (n, m), a batch of marginals, a plain loop of fixed length.
 
-Rows are updated first. A history is (B, 3 + slots (n + m)) float64: 1 where the problems were solved on scalings,
-else 0; the iterations that ran; the base, a cost that is taken from all others in <P, C>; then slots of what a step
+Rows are updated first. A history is (B, 4 + slots (n + m)) float64: 1 where the problems were solved on scalings,
+else 0; the iterations that ran; the base, a cost that is taken from all others in <P, C>; 0; then slots of what a step
 leaves for rows and columns, u and v or phi and gamma. Slots: the last; or all, the start in slot 0; or the last two.
 """
 
@@ -19,7 +19,7 @@ from ._runtime import cdiv
 from ._sinkhorn_products_kernels import adjoint_update, exponentiate, gradient_of_cost, sums_of_plans, update
 
 RANGE = {torch.float32: 60.0, torch.float64: 480.0}  # bits of exponents that scalings hold, see _sinkhorn_common
-HEADER = 3
+HEADER = 4  # even: the slots of even sizes begin at addresses that are multiples of 16
 BLOCK = 1024
 EXPONENTIATE = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 LAST, ALL, LAST_STEP = 1, 2, 3  # what is kept: KEEP of ops.sinkhorn
@@ -149,7 +149,7 @@ def solve(cost: Tensor, sides: large.Sides, initial_g, outputs: tuple[Tensor, ..
         _update(shared, own, rows, True)
         columns = own
     if keep:
-        history[:, 0], history[:, 1], history[:, 2] = shared.flag, num_iters, shared.base
+        history[:, 0], history[:, 1], history[:, 2], history[:, 3] = shared.flag, num_iters, shared.base, 0
     _finish(shared, rows, columns, outputs)
 
 

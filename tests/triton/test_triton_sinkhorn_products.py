@@ -110,10 +110,24 @@ def test_both_ways_are_taken(generator, monkeypatch):
     for dtype, epsilon, scalings in ((F32, 0.1, 1.0), (F32, 0.005, 0.0), (F64, 0.01, 1.0), (F64, 0.001, 0.0)):
         cost, a, b = problem.to(dtype)
         history = forward(cost, a, b, None, None, epsilon, 2, 0.0, 1.0, math.inf, math.inf, True, 1)[6]
-        assert history.shape == (3, 3 + 12) and (history[:, 0] == scalings).all()
+        assert history.shape == (3, 4 + 12) and (history[:, 0] == scalings).all()
     cost[1, 2] = torch.inf
     history = forward(cost, a, b, None, None, 0.1, 2, 0.0, 1.0, math.inf, math.inf, True, 1)[6]
     assert (history[:, 0] == 0).all()
+
+
+def test_the_kernel_has_full_precision_at_the_end_of_the_range(generator):
+    """Rounding an exponent of 59 to float32 would cost 2e-6."""
+    from otkd_fast.triton_kernels import _sinkhorn_large, _sinkhorn_products
+
+    cost = 0.3 + torch.rand(7, 1100, generator=generator)
+    epsilon = math.log2(math.e) / 59
+    sides = _sinkhorn_large.Sides(None, None, 1.0, 1.0, 0.0, 0.0, epsilon)
+    with guarded():
+        shared = _sinkhorn_products.prepare(cost, sides, torch.zeros(2, 1100, dtype=F64))
+    wide = cost.double()
+    exact = ((wide.amin(1, keepdim=True) - wide) * (math.log2(math.e) / epsilon)).exp2()
+    assert shared.flag.all() and ((shared.kernel - exact).abs() <= 3e-7 * exact).all()
 
 
 @pytest.mark.parametrize("num_iters", [1, 2, 3])

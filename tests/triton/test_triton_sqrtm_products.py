@@ -101,16 +101,17 @@ def test_gradients_of_high_conditions(name, generator, alone):
 @pytest.mark.parametrize("inverse", [False, True])
 def test_what_needs_eigenvalues(inverse, generator):
     """Indefinite, singular and ordinary matrices side by side, a matrix of zeros, pairs beside a variance of 0."""
-    A = covariance("geometric 1e2", 3, generator=generator, batch=(5,)).float()
+    A = covariance("geometric 1e2", 3, generator=generator, batch=(6,)).float()
     A[1] = 1
     A[2] -= 0.2 * torch.eye(3)
     A[3] = 0
     A[4, 1, 1] = 0
+    A[5] = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # no negative variance
     G = torch.randn(A.shape, generator=generator)
     S, (grad,) = gradients_guarded(
         lambda x: otkd_fast.sqrtm(x, backend="triton", inverse=inverse), (A.clone().requires_grad_(),), lambda _: G
     )
-    for k in range(5):
+    for k in range(6):
         bound = root_tolerance(F32, torch.inf if k == 1 and not inverse else 1e2)
         wanted = exact(A[k], inverse=inverse), exact(A[k], G[k], inverse)
         for found, want, size in zip((S[k], grad[k]), wanted, (bound, 2e-5 * (10 if inverse else 1)), strict=True):
