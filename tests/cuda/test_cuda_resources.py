@@ -35,7 +35,8 @@ def test_table_has_every_kernel():
         "sample_means", "sample_rows", "samples_value", "centre_factor", "window_moments", "moments_gradient",
         "jacobi_root", "jacobi_root_backward", "root_factor", "root_end", "root_by_eigenvectors", "adjoint_begin",
         "adjoint_end", "adjoint_by_eigenvectors", "covariance_factor", "covariance_eigenvectors", "bures_value",
-        "bures_gradient", "sample_factor", "convert", "points_block", "points_join", "points_once", "points_gradient", "plan_product",
+        "bures_gradient", "sample_factor", "convert", "points_block", "points_join", "points_once", "points_gradient",
+        "plan_product",
         "plan_gradient", "shared_range", "shared_summary", "shared_matrices", "shared_turn", "shared_product",
         "shared_join", "shared_left", "shared_left_cost", "shared_cost_gradient",
     }  # fmt: skip
