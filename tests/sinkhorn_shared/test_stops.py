@@ -63,3 +63,25 @@ def test_nan_masses_show_in_their_problem(side, tol, generator):
     others = torch.arange(19) != 7
     for k in (0, 1, 4):  # transport_cost, regularized_cost, marginal_error
         assert actual[k][7].isnan() and torch.equal(actual[k][others], expected[k][others])
+
+
+@pytest.mark.parametrize("gradient", ["unroll", "envelope", "last_step"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cost_gradient_where_one_problem_leaves_the_range(dtype, gradient, generator):
+    """Row 0 may go to column 0 alone, which has no mass in problem 5: its scalings are no numbers, the others' are."""
+    cost, a, b = problem(19, 9, 12, generator)
+    cost[0, 1:] = torch.inf
+    b[5, 0] = 0
+    b[5] /= b[5].sum()
+    output = "regularized_cost" if gradient == "envelope" else "transport_cost"
+
+    def solved(solve, *tensors, expand):
+        leaf = tensors[0].clone().requires_grad_()
+        matrix = leaf.expand(19, 9, 12) if expand else leaf
+        result = solve(matrix, *tensors[1:], epsilon=EPSILON, num_iters=6, gradient=gradient)
+        return torch.autograd.grad(getattr(result, output).sum(), leaf)[0]
+
+    tensors = [tensor.to(dtype) for tensor in (cost, a, b)]
+    grad = solved(otkd_fast.sinkhorn, *tensors, expand=False)
+    expected = solved(reference.sinkhorn, *(tensor.double() for tensor in tensors), expand=True)
+    assert_close(grad, expected, "sinkhorn", "gradient", context=str(dtype))
