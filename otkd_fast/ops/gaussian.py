@@ -162,8 +162,8 @@ def _from_two_factors(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """The same from A = F F^T, B = G G^T, P = polar(F^T G): F P G^-1 maps B to A, and G P^T F^-1 maps A to B.
 
-    The polar factor is of the dtype of A and B, all else in float64. A few matrices at a time: new memory for all of
-    them would cost as much as the products.
+    The polar factor of large ones is of the dtype of A and B, all else in float64. A few matrices at a time: new memory
+    for all of them would cost as much as the products.
     """
     count, d, _ = A.shape
     size = min(count, max(2, _CHUNK_BYTES // (8 * d * d)))
@@ -175,8 +175,8 @@ def _from_two_factors(
         F, G, K, X = (buffer[: len(A[part])] for buffer in buffers)
         pivot = torch.minimum(_factor(A[part], F, X), _factor(B[part], G, X))
         torch.bmm(F.mT, G, out=K)
-        narrow, missing = _polar(K.to(A.dtype), F, G)
-        P = narrow.double()
+        P, missing = _polar(K if d <= _SIDE_BY_SIDE else K.to(A.dtype), F, G)
+        P = P.double()
         value[part] = F.square().sum((-2, -1)) + G.square().sum((-2, -1)) - 2 * (K * P).sum((-2, -1))
         right[part] = (pivot > _PIVOT) & value[part].isfinite() & ~missing
         for grad, source, image, factor in ((grad_a, G, P.mT, F), (grad_b, F, P, G)):
