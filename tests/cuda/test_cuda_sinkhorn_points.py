@@ -23,7 +23,7 @@ from sinkhorn_points.cases import (  # noqa: E402
 
 F32, F64 = torch.float32, torch.float64
 # (n, m, d): one block a problem; launches of tiles, the last of 64 cut into pieces; features beyond one level of sums
-IN_ONE, LAUNCHES, DEEP = ((1, 1, 1), (3, 65, 5), (33, 64, 17)), ((70, 130, 3),), ((34, 5, 261),)
+IN_ONE, LAUNCHES, DEEP = ((1, 1, 2), (3, 65, 5), (33, 64, 17)), ((70, 130, 3),), ((34, 5, 261),)
 RANGES = {"float": 0.1, "double": 0.004}  # epsilon over the largest cost
 
 
