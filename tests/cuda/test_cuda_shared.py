@@ -5,7 +5,7 @@ import torch
 from test_cuda_sinkhorn import solve_both
 
 import otkd_fast
-from otkd_fast.ops import _library, sinkhorn
+from otkd_fast.ops import _library, sinkhorn, sinkhorn_shared
 from otkd_fast.testing import assert_close, random_problem
 
 F32, F64 = torch.float32, torch.float64
@@ -67,6 +67,15 @@ def test_ranges_beyond_scalings(epsilon, guarded, generator):
     problem = wide_reaching(shared_problem(3, 193, generator))
     gradient = "unroll" if epsilon == 0.2 else "last_step"
     solve_both(problem, F32, guarded, epsilon=epsilon, num_iters=2, gradient=gradient)
+
+
+def test_who_is_solved_in_the_log_domain(emulated, generator):
+    """By the header of the history: only those whose exponents reach too far."""
+    cost, a, b = wide_reaching(shared_problem(3, 193, generator)).to(F32)
+    options = 0.2, 2, 0.0, 1.0, torch.inf, torch.inf, True, sinkhorn.KEEP_ALL
+    *_, history = sinkhorn_shared._fwd_cuda(cost, a, b, None, None, *options)
+    methods = sinkhorn_shared._History(history, cost, 65, 2, sinkhorn.KEEP_ALL).scalings_apart()[:, 0]
+    assert methods.nonzero().flatten().tolist() == [5, 64] and methods[5] == 2
 
 
 def test_rows_that_cannot_be_served(guarded, generator):
