@@ -133,6 +133,8 @@ def test_gaussian_of_more_rows_than_features(dtype, unbiased, guarded, emulated,
     assert emulated.launches() == before + 18
     check_gaussian(y, x, guarded, unbiased)
     check_gaussian(x * torch.logspace(0, -2, 7, dtype=dtype), y, guarded, unbiased)
+    x[..., 3] = x[..., 1] + 0.01 * x[..., 3]  # a pivot of 1e-4 counts
+    check_gaussian(x, y, guarded, unbiased)
 
 
 def test_gaussian_of_dependent_features(guarded, generator):
