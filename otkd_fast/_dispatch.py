@@ -99,7 +99,8 @@ _ONE_LAUNCH = {
     ("sinkhorn", "cuda"): "192 x 192 (float64: 128 x 128); beyond, each half-iteration is a launch",
     ("sinkhorn_shared", "cuda"): "192 x 192 (float64: 128 x 128); beyond, each half-iteration is a launch, or two by "
     "products of matrices where there are 64 problems or more",
-    ("sinkhorn_ragged", "cuda"): "128 x 128 with the kernel in registers, beyond in the log domain, a block a problem",
+    ("sinkhorn_ragged", "cuda"): "128 x 128 (float64: 64 x 32) with the kernel in registers, beyond in the log "
+    "domain, a block a problem",
     ("sinkhorn_points", "cuda"): "64 x 64, many problems up to 256 x 256; beyond, each half-iteration is two launches",
     ("sinkd", "cuda"): "128 x 128 of rows of 1024; beyond, cost, iterations and gradient are launches of their own",
     ("sqrtm", "cuda"): "32 x 32; beyond, it is products: 5 launches up to 160 x 160",

@@ -5,7 +5,7 @@
 // n, m <= 192 (float) or 128 (double): one launch, a block a problem, all iterations and outputs: on scalings with the
 // kernel in registers (sinkhorn_tile.h), or, as the block finds out, in the log domain (sinkhorn_log.h). Beyond: the log
 // domain, a launch a half-iteration, `parts` blocks a problem; reads the cost once in each.
-// Tile shapes (warps x rows x columns): n <= 16, m <= 32: one warp; n <= 64, m <= 32: up to 8 warps of 8 rows; 128 x 128: 16 warps of
+// Tile shapes (warps x rows x columns): n <= 16, m <= 32: one warp (float); n <= 64, m <= 32: up to 8 warps of 8 rows; 128 x 128: 16 warps of
 // 8 rows (double: 8 of 16); 192 x 192: 12 warps of 16 rows.
 #include "otkd_fast/cuda.h"
 
@@ -53,7 +53,9 @@ OTKD_KERNEL(kPhaseThreads) run_backward_phase(OTKD_CONSTANT Batch<T> batch, Back
 // Calls body(Shape{}) with the smallest tile that holds the problems; false: none does.
 template <class T, class Body>
 bool with_shape(int64_t n, int64_t m, Body body) {
-    if (Tiny::fits(n, m)) return body(Tiny{}), true;
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (Tiny::fits(n, m)) return body(Tiny{}), true;
+    }
     if (Narrow::fits(n, m)) return body(Narrow{}), true;
     if (Middle<T>::fits(n, m)) return body(Middle<T>{}), true;
     if constexpr (sizeof(T) == sizeof(float)) {

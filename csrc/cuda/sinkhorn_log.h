@@ -59,7 +59,9 @@ OTKD_DEVICE double relaxed(double old, double target, double omega) {
 
 template <class T>
 OTKD_DEVICE void log_start(const Problem<T>& p) {
+    OTKD_ROLLED
     for (int64_t i = thread_id(); i < p.n; i += block_threads()) p.phi()[i] = p.mass_a(i) > 0 ? p.start_phi(i) : -kInfinity;
+    OTKD_ROLLED
     for (int64_t j = thread_id(); j < p.m; j += block_threads()) {
         p.gamma()[j] = p.mass_b(j) > 0 ? p.start_gamma(j) : -kInfinity;
     }
@@ -69,8 +71,10 @@ OTKD_DEVICE void log_start(const Problem<T>& p) {
 // Smallest and largest finite cost of each row, for log_width.
 template <class T>
 OTKD_DEVICE void log_range_rows(const Problem<T>& p, Part part) {
+    OTKD_ROLLED
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         double low = -kInfinity, high = -kInfinity;
+        OTKD_ROLLED
         for (int64_t j = lane_id(); j < p.m; j += 32) {
             const double x = p.exponent(i, j);
             low = larger(low, -x);
@@ -88,6 +92,7 @@ OTKD_DEVICE void log_range_rows(const Problem<T>& p, Part part) {
 template <class T>
 OTKD_DEVICE void log_width(const Problem<T>& p, double* shared) {
     double low = -kInfinity, high = -kInfinity;
+    OTKD_ROLLED
     for (int64_t i = thread_id(); i < p.n; i += block_threads()) {
         low = larger(low, p.row_mass()[i]);
         high = larger(high, p.row_moved()[i]);
@@ -109,8 +114,10 @@ OTKD_DEVICE void update_row(const Problem<T>& p, int64_t i, double lse, int64_t 
 template <class E, class T>
 OTKD_DEVICE void log_rows(const Problem<T>& p, Part part, int64_t k) {
     if (!p.state()->running) return;
+    OTKD_ROLLED
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         RunningSum<E> sum;
+        OTKD_ROLLED
         for (int64_t j = lane_id(); j < p.m; j += 32) sum.add(p.gamma()[j] - p.exponent(i, j));
         sum.over_warp();
         if (lane_id() == 0) update_row(p, i, sum.log_sum(), k);
@@ -134,9 +141,11 @@ template <class E, class T>
 OTKD_DEVICE void log_columns(const Problem<T>& p, Part part, int64_t k, double* shared) {
     if (!p.state()->running) return;
     E* sums = reinterpret_cast<E*>(shared + block_threads());
+    OTKD_ROLLED
     for (int64_t j0 = part.part * 32; j0 < p.m; j0 += part.parts * 32) {
         const int64_t j = j0 + lane_id();
         RunningSum<E> sum;
+        OTKD_ROLLED
         for (int64_t i = warp_id(); j < p.m && i < p.n; i += block_warps()) sum.add(p.phi()[i] - p.exponent(i, j));
         shared[thread_id()] = sum.top;
         sums[thread_id()] = sum.sum;
@@ -152,9 +161,11 @@ OTKD_DEVICE void log_columns(const Problem<T>& p, Part part, int64_t k, double* 
 // Row sums of the plan as it stands, and sum_j P_ij C_ij.
 template <class E, class T>
 OTKD_DEVICE void log_plan_rows(const Problem<T>& p, Part part) {
+    OTKD_ROLLED
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         const double phi = p.phi()[i];
         double mass = 0, moved = 0;
+        OTKD_ROLLED
         for (int64_t j = lane_id(); j < p.m; j += 32) {
             const double x = p.exponent(i, j), entry = exp_of(static_cast<E>(phi + p.gamma()[j] - x));
             mass += entry;
@@ -225,12 +236,15 @@ OTKD_DEVICE void log_finish(const Problem<T>& p, double* shared) {
     SideSums rows, columns;
     log_sides(p, true, rows, columns, shared);
     double moved = 0;
+    OTKD_ROLLED
     for (int64_t i = thread_id(); i < p.n; i += block_threads()) moved += p.row_moved()[i];
     write_scalars(p, rows, columns, block_sum(moved, shared), ran);
     close_history<double>(p, Method::log, ran);
     if (!p.history() || p.args.keep == Keep::all) return;
     const int64_t slot = p.last_slot(ran);
+    OTKD_ROLLED
     for (int64_t i = thread_id(); i < p.n; i += block_threads()) p.template kept_u<double>(slot)[i] = p.phi()[i];
+    OTKD_ROLLED
     for (int64_t j = thread_id(); j < p.m; j += block_threads()) {
         p.template kept_v<double>(slot)[j] = p.gamma()[j];
         if (slot == 1) p.template kept_v<double>(0)[j] = p.gamma_before()[j];

@@ -58,8 +58,10 @@ OTKD_DEVICE void first_row(const Trace<T>& t, int64_t i, double mass, double mov
 template <class T>
 OTKD_DEVICE void first_rows(const Trace<T>& t, Part part) {
     const Problem<T>& p = t.p;
+    OTKD_ROLLED
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         double mass = 0, moved = 0;
+        OTKD_ROLLED
         for (int64_t j = lane_id(); j < p.m; j += 32) {
             const double x = p.exponent(i, j), entry = exp(t.phi[i] + t.gamma[j] - x);
             mass += entry;
@@ -105,9 +107,11 @@ OTKD_DEVICE void row_adjoint(const Trace<T>& t, int64_t k, int64_t i, double sum
 // Sums of `entry(i, j)` over the rows for 32 columns at a time, then `finish(j, sum)`.
 template <class T, class Entry, class Finish>
 OTKD_DEVICE void for_columns(const Problem<T>& p, Part part, double* shared, Entry entry, Finish finish) {
+    OTKD_ROLLED
     for (int64_t j0 = part.part * 32; j0 < p.m; j0 += part.parts * 32) {
         const int64_t j = j0 + lane_id();
         double sum = 0;
+        OTKD_ROLLED
         for (int64_t i = warp_id(); j < p.m && i < p.n; i += block_warps()) sum += entry(i, j);
         shared[thread_id()] = sum;
         barrier();
@@ -136,8 +140,10 @@ OTKD_DEVICE void adjoint_rows(const Trace<T>& t, Part part, int64_t k) {
     const Problem<T>& p = t.p;
     if (k >= t.steps) return;
     const double *phi = t.phi_of(k), *gamma = t.gamma_of(k), *w = t.w(k);
+    OTKD_ROLLED
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
         double sum = 0;
+        OTKD_ROLLED
         for (int64_t j = lane_id(); j < p.m; j += 32) sum += exp(phi[i] + gamma[j] - p.exponent(i, j)) * w[j];
         sum = warp_sum(sum);
         if (lane_id() == 0) row_adjoint(t, k, i, sum);
@@ -160,6 +166,7 @@ OTKD_DEVICE double cost_gradient_entry(const Trace<T>& t, double of_transport, d
     const Problem<T>& p = t.p;
     const double x = p.exponent(i, j), entry = exp(t.phi[i] + t.gamma[j] - x);
     double rest = 0;
+    OTKD_ROLLED
     for (int64_t k = 0; k < t.steps; ++k) {
         const double phi = t.phi_of(k)[i] - x;
         rest += exp(phi + t.gamma_of(k)[j]) * t.w(k)[j] + exp(phi + t.before(k, j)) * t.z(k)[i];
@@ -172,7 +179,9 @@ template <class T>
 OTKD_DEVICE void log_cost_gradient(const Trace<T>& t, Part part) {
     const Problem<T>& p = t.p;
     const double of_transport = p.incoming(p.args.grad_transport_cost), of_dual = p.incoming(p.args.grad_regularized_cost);
+    OTKD_ROLLED
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
+        OTKD_ROLLED
         for (int64_t j = lane_id(); j < p.m; j += 32) {
             p.grad_cost[i * p.m + j] = static_cast<T>(cost_gradient_entry(t, of_transport, of_dual, i, j));
         }
@@ -185,14 +194,18 @@ OTKD_DEVICE void marginal_gradients(const Trace<T>& t, double* shared) {
     const Problem<T>& p = t.p;
     const double of_dual = p.incoming(p.args.grad_regularized_cost);
     double mass_a = 0, mass_b = 0;
+    OTKD_ROLLED
     for (int64_t i = thread_id(); i < p.n; i += block_threads()) mass_a += p.mass_a(i);
+    OTKD_ROLLED
     for (int64_t j = thread_id(); j < p.m; j += block_threads()) mass_b += p.mass_b(j);
     mass_a = block_sum(mass_a, shared);
     mass_b = block_sum(mass_b, shared);
+    OTKD_ROLLED
     for (int64_t i = thread_id(); p.args.grad_a && i < p.n; i += block_threads()) {
         const double own = p.mass_a(i), by_mass = t.steps > 0 ? p.sum_phi()[i] / own : 0.0;
         p.args.grad_a[p.index * p.n + i] = marginal_gradient<T>(own, t.phi[i], by_mass, p.penalty_a(), of_dual, mass_b);
     }
+    OTKD_ROLLED
     for (int64_t j = thread_id(); p.args.grad_b && j < p.m; j += block_threads()) {
         const double own = p.mass_b(j), by_mass = t.steps > 0 ? p.sum_gamma()[j] / own : 0.0;
         p.args.grad_b[p.index * p.m + j] = marginal_gradient<T>(own, t.gamma[j], by_mass, p.penalty_b(), of_dual, mass_a);
@@ -221,6 +234,7 @@ OTKD_CALL void log_backward(const Batch<T>& batch, int64_t index, const T* cost,
         first_columns(t, all, shared);
     }
     barrier();
+    OTKD_ROLLED
     for (int64_t k = t.steps - 1; k >= 0; --k) {
         adjoint_rows(t, all, k);
         barrier();

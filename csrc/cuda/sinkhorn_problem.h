@@ -175,7 +175,9 @@ OTKD_DEVICE void close_history(const Problem<T>& p, Method method, int64_t ran) 
     S* slots = p.template kept_u<S>(0);
     const int64_t filled = (p.last_slot(ran) + 1) * (p.n + p.m);
     const int64_t all = (p.batch.history_stride - kHistoryHeader) * static_cast<int64_t>(sizeof(double) / sizeof(S));
+    OTKD_ROLLED
     for (int64_t k = filled + thread_id(); k < all; k += block_threads()) slots[k] = 0;
+    OTKD_ROLLED
     for (int64_t k = thread_id(); p.args.keep == Keep::last_step && k < p.n; k += block_threads()) slots[k] = 0;
     if (thread_id() != 0) return;
     p.history()[0] = static_cast<int>(method);

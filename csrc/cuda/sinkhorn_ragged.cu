@@ -1,7 +1,7 @@
 // Sinkhorn on packed problems of different sizes, forward and backward (reference/sinkhorn_ragged.py), float and double.
 //
 // A block solves a problem, as sinkhorn.cu does those of one size. The host does not know the sizes: each kernel is launched for all problems,
-// and a block leaves at once where the problem is not one of its own: n <= 64, m <= 32 on 8 warps, n, m <= 128 on 16 (double: 8), both with the kernel
+// and a block leaves at once where the problem is not one of its own: n <= 64, m <= 32 on 8 warps, in float n, m <= 128 on 16, both with the kernel
 // in registers; larger ones in the log domain, one exponential an entry and half-iteration (backward: in double). Sizes and places are computed by the
 // block, which then has its problem as a batch of one, in shared memory. A problem whose offsets do not fit the tensors gets NaN.
 #include "otkd_fast/cuda.h"
@@ -116,6 +116,14 @@ OTKD_DEVICE bool belongs(const PackedBatch<T>& all, const Packed& place) {
     return std::is_same_v<S, Narrow> || !holds<Narrow>(n, m);
 }
 
+// In double the larger tile is left out: its code would be a tenth of a wheel.
+template <class T>
+constexpr bool kHasMiddle = sizeof(T) == sizeof(float);
+template <class T>
+OTKD_DEVICE bool belongs_to_a_tile(const PackedBatch<T>& all, const Packed& place) {
+    return belongs<T, Narrow>(all, place) || (kHasMiddle<T> && belongs<T, Middle<T>>(all, place));
+}
+
 template <class T, class S>
 OTKD_KERNEL(S::kThreads, 1) solve_packed(OTKD_CONSTANT PackedBatch<T> all) {
     const Packed place(all.args.row_offsets, all.args.column_offsets, block_id());
@@ -146,7 +154,7 @@ OTKD_KERNEL(S::kThreads, 1) differentiate_packed(OTKD_CONSTANT PackedBatch<T> al
 template <class T>
 OTKD_KERNEL(kLargeThreads, 1) solve_packed_large(OTKD_CONSTANT PackedBatch<T> all) {
     const Packed place(all.args.row_offsets, all.args.column_offsets, block_id());
-    if (belongs<T, Narrow>(all, place) || belongs<T, Middle<T>>(all, place)) return;
+    if (belongs_to_a_tile(all, place)) return;
     const Batch<T>* own = own_batch(all, place);
     if (!own) return;
     const Problem<T> p(*own, 0);
@@ -165,7 +173,7 @@ OTKD_KERNEL(kLargeThreads, 1) solve_packed_large(OTKD_CONSTANT PackedBatch<T> al
 template <class T>
 OTKD_KERNEL(kLargeThreads, 1) differentiate_packed_large(OTKD_CONSTANT PackedBatch<T> all) {
     const Packed place(all.args.row_offsets, all.args.column_offsets, block_id());
-    if (belongs<T, Narrow>(all, place) || belongs<T, Middle<T>>(all, place)) return;
+    if (belongs_to_a_tile(all, place)) return;
     const Batch<T>* own = own_batch(all, place);
     if (!own) return;
     const Problem<T> p(*own, 0);
@@ -216,9 +224,11 @@ template <class T>
 void sinkhorn_ragged_fwd(const SinkhornRaggedArgs<T>& args, const Target& target) {
     const DeviceGuard guard(target);
     const PackedBatch<T> all = make_packed(args, false);
-    using M = Middle<T>;
     launch_packed<T>("solve_packed", solve_packed<T, Narrow>, all, Narrow::kThreads, tile_shared_bytes<Narrow, T>(Narrow::kThreads / 32), target);
-    launch_packed<T>("solve_packed", solve_packed<T, M>, all, M::kThreads, tile_shared_bytes<M, T>(M::kThreads / 32), target);
+    if constexpr (kHasMiddle<T>) {
+        using M = Middle<T>;
+        launch_packed<T>("solve_packed", solve_packed<T, M>, all, M::kThreads, tile_shared_bytes<M, T>(M::kThreads / 32), target);
+    }
     launch_packed<T>("solve_packed_large", solve_packed_large<T>, all, kLargeThreads, log_shared_bytes(kLargeThreads), target);
 }
 
@@ -226,10 +236,12 @@ template <class T>
 void sinkhorn_ragged_bwd(const SinkhornRaggedArgs<T>& args, const Target& target) {
     const DeviceGuard guard(target);
     const PackedBatch<T> all = make_packed(args, true);
-    using M = Middle<T>;
     launch_packed<T>("differentiate_packed", differentiate_packed<T, Narrow>, all, Narrow::kThreads,
                      tile_shared_bytes<Narrow, T>(Narrow::kThreads / 32), target);
-    launch_packed<T>("differentiate_packed", differentiate_packed<T, M>, all, M::kThreads, tile_shared_bytes<M, T>(M::kThreads / 32), target);
+    if constexpr (kHasMiddle<T>) {
+        using M = Middle<T>;
+        launch_packed<T>("differentiate_packed", differentiate_packed<T, M>, all, M::kThreads, tile_shared_bytes<M, T>(M::kThreads / 32), target);
+    }
     launch_packed<T>("differentiate_packed_large", differentiate_packed_large<T>, all, kLargeThreads, log_shared_bytes(kLargeThreads), target);
 }
 

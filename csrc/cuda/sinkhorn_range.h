@@ -26,6 +26,7 @@ OTKD_DEVICE bool safe(S sum) {
 template <class T>
 OTKD_DEVICE double log_range(const T* masses, int64_t count, double* scratch) {
     double least = -kInfinity, most = -kInfinity;  // logarithms, the first negative
+    OTKD_ROLLED
     for (int64_t i = thread_id(); i < count; i += block_threads()) {
         if (!(masses[i] > 0)) continue;
         const double own = log(static_cast<double>(masses[i]));
@@ -44,6 +45,7 @@ OTKD_DEVICE double given_range(const Problem<T>& p, double* scratch) {
     if (p.args.b) range += log_range(p.args.b + p.index * p.m, p.m, scratch);
     if (!p.args.initial_g) return range;
     double low = 0, high = 0;
+    OTKD_ROLLED
     for (int64_t j = thread_id(); j < p.m; j += block_threads()) {
         low = larger(low, -p.start_gamma(j));
         high = larger(high, p.start_gamma(j));

@@ -51,7 +51,7 @@ def derivative_level(dtype: torch.dtype, d: int) -> float:
     The bound is 1/2, met if all entries are rounded alike; independent errors move eigenvalues by 0.4 / sqrt(d) or so.
     In float64 it is the eigenvalues themselves that are computed to eps |A|.
     """
-    return min(0.5, d**-0.5) if dtype == torch.float32 else 1.0
+    return min(0.5, max(d, 1) ** -0.5) if dtype == torch.float32 else 1.0
 
 
 def _eigenbasis(A: Tensor, inverse: bool) -> Tensor:
