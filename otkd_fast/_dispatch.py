@@ -102,7 +102,8 @@ _ONE_LAUNCH = {
     ("sinkhorn_ragged", "cuda"): "128 x 128 (float64: 64 x 32) with the kernel in registers, beyond in the log "
     "domain, a block a problem",
     ("sinkhorn_points", "cuda"): "64 x 64, many problems up to 256 x 256; beyond, each half-iteration is two launches",
-    ("sinkd", "cuda"): "128 x 128 of rows of 1024; beyond, cost, iterations and gradient are launches of their own",
+    ("sinkd", "cuda"): "128 x 128 of rows of 1024; beyond, and in float64 (with float32 logits below epsilon "
+    "1/30, too), cost, iterations and gradient are launches of their own",
     ("sqrtm", "cuda"): "32 x 32; beyond, it is products: 5 launches up to 160 x 160",
     ("polar", "cuda"): "160 x 160 (float64: 112 x 112) where shared memory holds it; beyond, three launches a step",
 }

@@ -1,7 +1,7 @@
 // SinKD's batch-wise loss and its gradient (reference/sinkd.py): softmax, L1 cost, Sinkhorn rows first, <P, C>, and the
 // gradient for an incoming 1, times `scale`.
 //
-// n, m <= 128, d <= 1024, as far as shared memory holds the costs: one launch, a block a problem, value and gradient
+// float, n, m <= 128, d <= 1024, as far as shared memory holds the costs: one launch, a block a problem, value and gradient
 // together (sinkd_tile.h); no (n, m) tensor in global memory. Else the kernels of cost_matrix.cu and sinkhorn.cu one after the
 // other on the call's workspace: any size, any epsilon.
 #include "otkd_fast/sinkd.h"
@@ -82,8 +82,12 @@ OTKD_KERNEL(Middle<T>::kThreads, 1) sinkd_tile(OTKD_CONSTANT SinkdArgs<T> args, 
 
 template <class T>
 bool fits_a_block(const SinkdArgs<T>& args, const Target& target) {
-    if (!Middle<T>::fits(args.n, args.m) || args.d > kLongestRow) return false;
-    return SinkdTile<T, Middle<T>>::shared_bytes(args.n, args.m) <= shared_memory_limit(target);
+    if constexpr (sizeof(T) == sizeof(double)) {
+        return false;  // rare: not worth a twentieth of the wheel
+    } else {
+        if (!Middle<T>::fits(args.n, args.m) || args.d > kLongestRow) return false;
+        return SinkdTile<T, Middle<T>>::shared_bytes(args.n, args.m) <= shared_memory_limit(target);
+    }
 }
 
 template <class T>
@@ -128,7 +132,10 @@ int64_t sinkd_workspace_bytes(const SinkdArgs<T>& args, const Target& target) {
 template <class T>
 void sinkd_value_and_grad(const SinkdArgs<T>& args, const Target& target) {
     const DeviceGuard guard(target);
-    fits_a_block(args, target) ? in_one_launch(args, target) : in_pieces(args, target);
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (fits_a_block(args, target)) return in_one_launch(args, target);
+    }
+    in_pieces(args, target);
 }
 
 #define OTKD_INSTANTIATE(T)                                       \

@@ -38,7 +38,8 @@ def test_one_launch(size, dtype, guarded, emulated, generator):
     n, m, d = size
     before = emulated.launches()
     check(logits(n, d, generator=generator, dtype=dtype), logits(m, d, generator=generator, dtype=dtype), guarded)
-    assert emulated.launches() == before + 1
+    used = emulated.launches() - before
+    assert used == 1 if dtype == torch.float32 else used > 1
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_one_launch(size, dtype, guarded, emulated, generator):
         {"scale": 7.0},
         {"temperature_columns": 0.0},
         {"epsilon": 0.02},  # float32 is solved in float64
-        {"epsilon": 0.003},  # beyond scalings: the block goes on in the log domain
+        {"epsilon": 0.003},  # beyond scalings: in the log domain
         {"num_iters": 1},
     ],
     ids=str,
@@ -58,7 +59,8 @@ def test_options(changes, guarded, emulated, generator):
         columns = columns.softmax(-1)
     before = emulated.launches()
     check(rows, columns, guarded, **changes)
-    assert emulated.launches() == before + 1
+    used = emulated.launches() - before
+    assert used > 1 if changes.get("epsilon", 0.1) < 1 / 30 else used == 1
 
 
 def test_weights_with_zeros(guarded, generator):
