@@ -12,14 +12,9 @@ MEASURED = [str(arch) for arch in resources.ARCHITECTURES if str(arch) in TABLE]
 MAY_SPILL = {
     r"(differentiate_tile|solve_tile)<float, Shape<2, 8, 6, 12>>": "96 of 168 registers hold the kernel",
     r"run_backward_phase<double>": "for large problems; once a phase",
-    r"rewrite_rows<double>": "8 bytes, once a row",
     r"(differentiate_tile|solve_tile)<double, .*>": "a double takes two registers",
-    r"sinkd_tile<double>": "a double takes two registers",
-    r"(differentiate_packed|solve_packed)<double, Shape<2, 8, 4, 8>>": "a double takes two registers",
-    r"differentiate_packed<float, Shape<1, 8, 1, 8>>": "8 bytes are read again, once a problem",
     r"points_(block|join|once)<(float|double)>": "a word or two, once a step; on 100 up to 40 bytes, once a problem",
     r"points_gradient<(float|double), double>": "a double takes two registers; once a tile",
-    r"(differentiate_tile|sinkd_tile)<float(, Shape<1, 8, 4, 16>)?>": "128 registers a thread, with 512 threads",
 }
 
 
