@@ -1,13 +1,12 @@
 // The functions of the module's part `cuda`: those of the CPU half with a device and a stream at the end, and without
 // threads (where a number of threads is among the arguments that both take, it is ignored). The tests build this file
 // once more, on an emulator.
-#include "otkd_fast/cuda.h"
-
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 
+#include "cuda_place.h"
 #include "sinkhorn_problems.h"
 
 namespace otkd_fast {
@@ -16,16 +15,10 @@ namespace {
 // x, y, cost, workspace; batch, n, m, d, x_batch_stride, y_batch_stride; metric; temperature_x, temperature_y
 using Costs = std::tuple<Address, Address, Address, Address, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int,
                          double, double>;
-// of transport_cost, regularized_cost, f, g; then those of cost, a, b
-using Gradients = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
 // rows, columns, weights_rows, weights_columns, workspace, transport_cost, grad_rows, grad_columns; batch, n, m, d,
 // num_iters; temperature_rows, temperature_columns, epsilon, scale
 using Sinkd = std::tuple<Address, Address, Address, Address, Address, Address, Address, Address, int64_t, int64_t, int64_t,
                          int64_t, int64_t, double, double, double, double>;
-// device, stream
-using Place = std::tuple<int, Address>;
-
-cuda::Target target_of(const Place& place) { return {std::get<0>(place), pointer<void>(std::get<1>(place))}; }
 
 template <class T>
 CostMatrixArgs<T> cost_args(const Costs& costs) {
@@ -59,25 +52,6 @@ void cost_backward(int dtype, const Costs& costs, Address grad_cost, Address gra
         args.grad_y = pointer<T>(grad_y);
         cuda::cost_matrix_bwd(args, target_of(place));
     });
-}
-
-template <class T>
-SinkhornArgs<T> solve_args(const Problems& problems, int gradient) {
-    SinkhornArgs<T> args{};
-    set_problems(args, problems);
-    if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
-    return args;
-}
-
-template <class T>
-void set_gradients(SinkhornArgs<T>& args, const Gradients& gradients) {
-    args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
-    args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
-    args.grad_f = pointer<T>(std::get<2>(gradients));
-    args.grad_g = pointer<T>(std::get<3>(gradients));
-    args.grad_cost = pointer<T>(std::get<4>(gradients));
-    args.grad_a = pointer<T>(std::get<5>(gradients));
-    args.grad_b = pointer<T>(std::get<6>(gradients));
 }
 
 // `gradient` negative: of the forward.

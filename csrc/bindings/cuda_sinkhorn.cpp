@@ -1,15 +1,9 @@
 // The parts of bindings/cuda.cpp that have Sinkhorn between points and by products of matrices.
-#include "otkd_fast/cuda.h"
-
+#include "cuda_place.h"
 #include "points_problems.h"
 
 namespace otkd_fast {
 namespace {
-
-// device, stream
-using Place = std::tuple<int, Address>;
-
-cuda::Target target_of(const Place& place) { return {std::get<0>(place), pointer<void>(std::get<1>(place))}; }
 
 int64_t workspace_bytes(const Points& points, const Problems& problems, int gradient) {
     return with_type(dtype_of(problems), [&](auto type) {
@@ -58,27 +52,16 @@ void apply_bwd(const Points& points, const Products& products, Address grad_out,
     });
 }
 
-// of transport_cost, regularized_cost, f, g; then those of cost, a, b
-using Gradients = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
-
-template <class T>
-SinkhornArgs<T> shared_args(const Problems& problems, int gradient) {
-    SinkhornArgs<T> args{};
-    set_problems(args, problems);
-    if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
-    return args;
-}
-
 int64_t shared_workspace(const Problems& problems, int gradient) {
     return with_type(dtype_of(problems), [&](auto type) {
-        return cuda::sinkhorn_shared_workspace_bytes(shared_args<decltype(type)>(problems, gradient), gradient >= 0);
+        return cuda::sinkhorn_shared_workspace_bytes(solve_args<decltype(type)>(problems, gradient), gradient >= 0);
     });
 }
 
 void shared_forward(const Problems& problems, const Outputs& outputs, const Place& place) {
     with_type(dtype_of(problems), [&](auto type) {
         using T = decltype(type);
-        SinkhornArgs<T> args = shared_args<T>(problems, -1);
+        SinkhornArgs<T> args = solve_args<T>(problems, -1);
         set_outputs(args, outputs);
         cuda::sinkhorn_shared_fwd(args, target_of(place));
     });
@@ -87,14 +70,8 @@ void shared_forward(const Problems& problems, const Outputs& outputs, const Plac
 void shared_backward(const Problems& problems, int gradient, const Gradients& gradients, const Place& place) {
     with_type(dtype_of(problems), [&](auto type) {
         using T = decltype(type);
-        SinkhornArgs<T> args = shared_args<T>(problems, gradient);
-        args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
-        args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
-        args.grad_f = pointer<T>(std::get<2>(gradients));
-        args.grad_g = pointer<T>(std::get<3>(gradients));
-        args.grad_cost = pointer<T>(std::get<4>(gradients));
-        args.grad_a = pointer<T>(std::get<5>(gradients));
-        args.grad_b = pointer<T>(std::get<6>(gradients));
+        SinkhornArgs<T> args = solve_args<T>(problems, gradient);
+        set_gradients(args, gradients);
         cuda::sinkhorn_shared_bwd(args, target_of(place));
     });
 }

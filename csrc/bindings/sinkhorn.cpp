@@ -4,25 +4,18 @@
 namespace otkd_fast {
 namespace {
 
-// of transport_cost, regularized_cost, f, g; then those of cost, a, b
-using Gradients = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
-
 // `gradient` negative: of the forward.
 int64_t sinkhorn_workspace_bytes(const Problems& problems, int gradient) {
     return with_type(dtype_of(problems), [&](auto type) {
         using T = decltype(type);
-        SinkhornArgs<T> args{};
-        set_problems(args, problems);
-        if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
-        return kernels().of<T>().sinkhorn_workspace_bytes(args, gradient >= 0);
+        return kernels().of<T>().sinkhorn_workspace_bytes(solve_args<T>(problems, gradient), gradient >= 0);
     });
 }
 
 void sinkhorn_fwd(const Problems& problems, const Outputs& outputs) {
     with_type(dtype_of(problems), [&](auto type) {
         using T = decltype(type);
-        SinkhornArgs<T> args{};
-        set_problems(args, problems);
+        SinkhornArgs<T> args = solve_args<T>(problems, -1);
         set_outputs(args, outputs);
         kernels().of<T>().sinkhorn_fwd(args);
     });
@@ -31,16 +24,8 @@ void sinkhorn_fwd(const Problems& problems, const Outputs& outputs) {
 void sinkhorn_bwd(const Problems& problems, int gradient, const Gradients& gradients) {
     with_type(dtype_of(problems), [&](auto type) {
         using T = decltype(type);
-        SinkhornArgs<T> args{};
-        set_problems(args, problems);
-        args.gradient = static_cast<Gradient>(gradient);
-        args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
-        args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
-        args.grad_f = pointer<T>(std::get<2>(gradients));
-        args.grad_g = pointer<T>(std::get<3>(gradients));
-        args.grad_cost = pointer<T>(std::get<4>(gradients));
-        args.grad_a = pointer<T>(std::get<5>(gradients));
-        args.grad_b = pointer<T>(std::get<6>(gradients));
+        SinkhornArgs<T> args = solve_args<T>(problems, gradient);
+        set_gradients(args, gradients);
         kernels().of<T>().sinkhorn_bwd(args);
     });
 }

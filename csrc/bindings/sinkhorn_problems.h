@@ -12,6 +12,8 @@ using Problems = std::tuple<int, Address, Address, Address, Address, Address, Ad
                             int64_t, int, double, double, double, double, double, int>;
 // transport_cost, regularized_cost, f, g, marginal_error, iterations
 using Outputs = std::tuple<Address, Address, Address, Address, Address, Address>;
+// of transport_cost, regularized_cost, f, g; then those of cost, a, b
+using Gradients = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
 
 inline int dtype_of(const Problems& problems) { return std::get<0>(problems); }
 
@@ -49,6 +51,26 @@ void set_outputs(SinkhornArgs<T>& args, const Outputs& outputs) {
     args.g = pointer<T>(std::get<3>(outputs));
     args.marginal_error = pointer<T>(std::get<4>(outputs));
     args.iterations = pointer<int64_t>(std::get<5>(outputs));
+}
+
+template <class T>
+void set_gradients(SinkhornArgs<T>& args, const Gradients& gradients) {
+    args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
+    args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
+    args.grad_f = pointer<T>(std::get<2>(gradients));
+    args.grad_g = pointer<T>(std::get<3>(gradients));
+    args.grad_cost = pointer<T>(std::get<4>(gradients));
+    args.grad_a = pointer<T>(std::get<5>(gradients));
+    args.grad_b = pointer<T>(std::get<6>(gradients));
+}
+
+// `gradient` negative: of the forward.
+template <class T>
+SinkhornArgs<T> solve_args(const Problems& problems, int gradient) {
+    SinkhornArgs<T> args{};
+    set_problems(args, problems);
+    if (gradient >= 0) args.gradient = static_cast<Gradient>(gradient);
+    return args;
 }
 
 }  // namespace otkd_fast

@@ -6,9 +6,6 @@ namespace {
 
 // of rows and of columns
 using Offsets = std::tuple<Address, Address>;
-// of transport_cost, regularized_cost, f, g; then those of cost, a, b
-using Gradients = std::tuple<Address, Address, Address, Address, Address, Address, Address>;
-
 template <class T>
 SinkhornRaggedArgs<T> ragged_args(const Problems& problems, const Offsets& offsets) {
     SinkhornRaggedArgs<T> args{};
@@ -42,13 +39,7 @@ void backward(const Problems& problems, const Offsets& offsets, int gradient, co
         using T = decltype(type);
         SinkhornRaggedArgs<T> args = ragged_args<T>(problems, offsets);
         args.gradient = static_cast<Gradient>(gradient);
-        args.grad_transport_cost = pointer<T>(std::get<0>(gradients));
-        args.grad_regularized_cost = pointer<T>(std::get<1>(gradients));
-        args.grad_f = pointer<T>(std::get<2>(gradients));
-        args.grad_g = pointer<T>(std::get<3>(gradients));
-        args.grad_cost = pointer<T>(std::get<4>(gradients));
-        args.grad_a = pointer<T>(std::get<5>(gradients));
-        args.grad_b = pointer<T>(std::get<6>(gradients));
+        set_gradients(args, gradients);
         kernels().of<T>().sinkhorn_ragged_bwd(args);
     });
 }
