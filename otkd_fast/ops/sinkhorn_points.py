@@ -9,6 +9,8 @@ store it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -64,11 +66,13 @@ def _fwd_fake(
     )  # fmt: skip
 
 
-def _fwd_cpu(
+def _forward(
+    solve: Callable,
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     metric: str, epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
     update_a_first: bool, keep: int, stored: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """What is common to the backends; `solve` calls the kernel."""
     outputs = _fwd_fake(
         x, y, a, b, initial_f, initial_g, metric, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b,
         update_a_first, keep, stored,
@@ -81,10 +85,27 @@ def _fwd_cpu(
         x, y, *operands = (contiguous(tensor) for tensor in (x, y, a, b, initial_f, initial_g))
         points, options = _points(x, y, metric), (epsilon, tol, relaxation, penalty_a, penalty_b)
         problems = _problems(x, y, operands, history, num_iters, keep, options)
-        problems, scratch = _with_workspace(points, problems, stored, _FORWARD, False, False)
         results = (transport_cost, regularized_cost, f, g, marginal_error, iterations)
-        native.sinkhorn_points_fwd(points, problems, stored, tuple(address(tensor) for tensor in results))
+        solve(x, points, problems, stored, tuple(address(tensor) for tensor in results))
     return outputs
+
+
+def _solve_cpu(x: Tensor, points: tuple, problems: tuple, stored: bool, results: tuple) -> None:
+    problems, scratch = _with_workspace(points, problems, stored, _FORWARD, False, False)
+    native.sinkhorn_points_fwd(points, problems, stored, results)
+
+
+def _solve_cuda(x: Tensor, points: tuple, problems: tuple, stored: bool, results: tuple) -> None:
+    problems, scratch = _on_device(x, points, problems, _FORWARD)
+    _library.launch("sinkhorn_points", x, "sinkhorn_points_fwd", points, problems, results)
+
+
+def _fwd_cpu(*arguments) -> tuple[Tensor, ...]:
+    return _forward(_solve_cpu, *arguments)
+
+
+def _fwd_cuda(*arguments) -> tuple[Tensor, ...]:
+    return _forward(_solve_cuda, *arguments)
 
 
 def _bwd_fake(
@@ -102,12 +123,14 @@ def _bwd_fake(
     )
 
 
-def _bwd_cpu(
+def _backward(
+    adjoint: Callable,
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
     grad_g: Tensor | None, metric: str, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float,
     update_a_first: bool, gradient: str, stored: bool, need_x: bool, need_y: bool, need_a: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What is common to the backends; `adjoint` calls the kernel."""
     if not update_a_first:
         x, y, a, b, initial_f, initial_g, grad_f, grad_g = y, x, b, a, initial_g, initial_f, grad_g, grad_f
         penalty_a, penalty_b = penalty_b, penalty_a
@@ -125,12 +148,38 @@ def _bwd_cpu(
         incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
         points, options, mode = _points(x, y, metric), (epsilon, 0.0, 1.0, penalty_a, penalty_b), GRADIENTS[gradient]
         problems = _problems(x, y, operands, history, num_iters, KEEP[gradient], options)
-        problems, scratch = _with_workspace(points, problems, stored, mode, need_x, need_y)
-        tensors = (*incoming, grad_x, grad_y, grad_a, grad_b)
-        native.sinkhorn_points_bwd(
-            points, problems, stored, mode, need_x, need_y, tuple(address(tensor) for tensor in tensors)
-        )
+        adjoint(x, points, problems, stored, mode, incoming, (grad_x, grad_y, grad_a, grad_b), need_x, need_y)
     return (grad_x, grad_y, grad_a, grad_b) if update_a_first else (grad_y, grad_x, grad_b, grad_a)
+
+
+def _adjoint_cpu(
+    x: Tensor, points: tuple, problems: tuple, stored: bool, mode: int, incoming: list, grads: tuple, need_x: bool,
+    need_y: bool,
+) -> None:  # fmt: skip
+    problems, scratch = _with_workspace(points, problems, stored, mode, need_x, need_y)
+    tensors = tuple(address(tensor) for tensor in (*incoming, *grads))
+    native.sinkhorn_points_bwd(points, problems, stored, mode, need_x, need_y, tensors)
+
+
+def _adjoint_cuda(
+    x: Tensor, points: tuple, problems: tuple, stored: bool, mode: int, incoming: list, grads: tuple, need_x: bool,
+    need_y: bool,
+) -> None:  # fmt: skip
+    if mode == GRADIENTS["implicit"]:
+        raise NotImplementedError("sinkhorn_points_bwd: no implicit gradient on CUDA; the reference computes it")
+    problems, scratch = _on_device(x, points, problems, mode)
+    results = (address(grad) if grad.numel() else 0 for grad in grads)
+    _library.launch(
+        "sinkhorn_points", x, "sinkhorn_points_bwd", points, problems, mode, (*map(address, incoming), *results)
+    )
+
+
+def _bwd_cpu(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _backward(_adjoint_cpu, *arguments)
+
+
+def _bwd_cuda(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _backward(_adjoint_cuda, *arguments)
 
 
 def _apply_fake(
@@ -189,68 +238,11 @@ def _apply_bwd_cpu(
     return (grad_y, grad_x) if transpose else (grad_x, grad_y)
 
 
-def _fwd_cuda(
-    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
-    metric: str, epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
-    update_a_first: bool, keep: int, stored: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    outputs = _fwd_fake(
-        x, y, a, b, initial_f, initial_g, metric, epsilon, num_iters, tol, relaxation, penalty_a, penalty_b,
-        update_a_first, keep, stored,
-    )  # fmt: skip
-    transport_cost, regularized_cost, f, g, marginal_error, iterations, history = outputs
-    if not update_a_first:
-        x, y, a, b, initial_f, initial_g, f, g = y, x, b, a, initial_g, initial_f, g, f
-        penalty_a, penalty_b = penalty_b, penalty_a
-    if marginal_error.numel():
-        x, y, *operands = (contiguous(tensor) for tensor in (x, y, a, b, initial_f, initial_g))
-        points, options = _points(x, y, metric), (epsilon, tol, relaxation, penalty_a, penalty_b)
-        problems = _problems(x, y, operands, history, num_iters, keep, options)
-        problems, scratch = _on_device(x, points, problems, _FORWARD)
-        results = (transport_cost, regularized_cost, f, g, marginal_error, iterations)
-        results = tuple(address(tensor) for tensor in results)
-        _library.launch("sinkhorn_points", x, "sinkhorn_points_fwd", points, problems, results)
-    return outputs
-
-
 def _on_device(like: Tensor, points: tuple, problems: tuple, gradient: int) -> tuple[tuple, Tensor]:
     """The problems with a workspace on the device, and that, which has to outlive the call."""
     num_bytes = _library.cuda.sinkhorn_points_workspace(points, problems, gradient)
     scratch = _library.cuda_workspace(like, num_bytes)
     return (*problems[:7], address(scratch), *problems[8:]), scratch
-
-
-def _bwd_cuda(
-    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
-    history: Tensor, grad_transport_cost: Tensor | None, grad_regularized_cost: Tensor | None, grad_f: Tensor | None,
-    grad_g: Tensor | None, metric: str, epsilon: float, num_iters: int, penalty_a: float, penalty_b: float,
-    update_a_first: bool, gradient: str, stored: bool, need_x: bool, need_y: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if gradient == "implicit":
-        raise NotImplementedError("sinkhorn_points_bwd: no implicit gradient on CUDA; the reference computes it")
-    grads = _bwd_fake(
-        x, y, a, b, initial_f, initial_g, history, grad_transport_cost, grad_regularized_cost, grad_f, grad_g, metric,
-        epsilon, num_iters, penalty_a, penalty_b, update_a_first, gradient, stored, need_x, need_y, need_a, need_b,
-    )  # fmt: skip
-    grad_x, grad_y, grad_a, grad_b = grads
-    if not update_a_first:
-        x, y, a, b, initial_f, initial_g, grad_f, grad_g = y, x, b, a, initial_g, initial_f, grad_g, grad_f
-        penalty_a, penalty_b = penalty_b, penalty_a
-        grad_x, grad_y, grad_a, grad_b = grad_y, grad_x, grad_b, grad_a
-    batch, n, m, _ = _sizes(x, y)
-    if history.shape[-1] != history_size(n, m, num_iters, KEEP[gradient]):
-        raise ValueError(f"history: expected that of a forward with keep={KEEP[gradient]}, got {tuple(history.shape)}")
-    if _library.product(batch):
-        history = history.contiguous()
-        x, y, *operands = (contiguous(tensor) for tensor in (x, y, a, b, initial_f, initial_g))
-        incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
-        points, options, mode = _points(x, y, metric), (epsilon, 0.0, 1.0, penalty_a, penalty_b), GRADIENTS[gradient]
-        problems = _problems(x, y, operands, history, num_iters, KEEP[gradient], options)
-        problems, scratch = _on_device(x, points, problems, mode)
-        results = (address(grad) if grad.numel() else 0 for grad in (grad_x, grad_y, grad_a, grad_b))
-        tensors = (*map(address, incoming), *results)
-        _library.launch("sinkhorn_points", x, "sinkhorn_points_bwd", points, problems, mode, tensors)
-    return grads
 
 
 def _products_on_device(
