@@ -18,13 +18,16 @@ SAME_VERSION = {table["triton"] for table in TABLES} == {triton.__version__}
 # shared memory a block may have, bytes, and registers of a multiprocessor: what a launch is refused for
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
+# bytes that another Triton's ptxas may spill where the tables' does not (3.6 to 3.8, as measured: 8 to 32)
+OTHER_VERSIONS_SPILL = 0 if SAME_VERSION else 32
+
 
 def check(report, may_spill):
     for name, row in report["kernels"].items():
         for architecture, found in row.items():
             what = f"{name} for {architecture}: {found}"
             assert found["shared"] <= SHARED_LIMIT[int(architecture)], what
-            assert found["spills"] == 0 or may_spill[name], what
+            assert found["spills"] <= OTHER_VERSIONS_SPILL or may_spill[name], what
             if SAME_VERSION:
                 registers, spills, shared = KERNELS[name][architecture]
                 assert found["registers"] <= registers, f"{what}, more registers than the table's {registers}"
