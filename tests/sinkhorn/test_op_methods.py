@@ -126,8 +126,13 @@ def gradients_of(name, range_, infinite=False):
     return modes
 
 
-@pytest.mark.parametrize("update_a_first", [True, False])
-@pytest.mark.parametrize("name", OPTIONS)
+ORDERS = [(name, (k + j) % 2 == 0, j) for j in range(2) for k, name in enumerate(OPTIONS)]
+
+
+@pytest.mark.parametrize(  # each option in one order by default, in the other one too among the slow tests
+    ("name", "update_a_first"),
+    [pytest.param(name, order, marks=[pytest.mark.slow] * again) for name, order, again in ORDERS],
+)
 def test_options(name, update_a_first, generator):
     for k, range_ in enumerate(RANGES):
         if range_ >= 1000 and name == "relaxed penalties":
