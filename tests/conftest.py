@@ -4,6 +4,8 @@ import os
 import zlib
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when a Triton kernel is decorated, so before any import
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each its share: spinning threads in each other's
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))  # way take 10 times
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
