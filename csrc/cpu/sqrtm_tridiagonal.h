@@ -10,6 +10,7 @@
 #include "magnitude.h"
 #include "otkd_fast/sqrtm.h"
 #include "panels.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {

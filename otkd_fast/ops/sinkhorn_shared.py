@@ -185,14 +185,14 @@ def _solve(
     problems, call.count = None, call.batch
     for method in (FLOAT, DOUBLE)[cost.dtype is torch.float64 :]:
         call.method, call.problems = method, address(problems)
-        left = torch.empty(call.count, dtype=torch.int64)
-        call.left = address(left)
-        scratch = _library.workspace(call.workspace_bytes(False))
-        call.workspace = address(scratch)
+        size = call.workspace_bytes(False)
+        size = (size + 7) // 8 * 8  # behind it the problems that are left
+        scratch = _library.workspace(size + 8 * call.count)
+        call.workspace, call.left = scratch.data_ptr(), scratch.data_ptr() + size
         call.count = call.forward()
         if call.count == 0:
             return None
-        problems = left[: call.count]
+        problems = scratch[size : size + 8 * call.count].view(torch.int64).clone()
     return problems
 
 
