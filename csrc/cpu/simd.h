@@ -322,6 +322,19 @@ OTKD_INLINE Vec<float> reciprocal_sqrt<float>(Vec<float> x) {
 #endif
 
 // log(x) for x > 0, error about one unit in the last place (the scheme of fdlibm); what it gives elsewhere means nothing.
+#if defined(__AVX512F__)
+OTKD_INLINE Vec<float> log(Vec<float> x) {
+    const __m512 mantissa = _mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    const Vec<float> k = (Vec<float>)_mm512_getexp_ps((__m512)x) - (Vec<float>)_mm512_getexp_ps(mantissa);
+    const Vec<float> f = (Vec<float>)mantissa - 1.0f;  // in [-1/4, 1/2)
+    const Vec<float> s = f * reciprocal<float>(2.0f + f), z = s * s, half = 0.5f * f * f;
+    Vec<float> p = splat(0.23749062419f);
+    p = p * z + 0.28532651067f;
+    p = p * z + 0.40000313520f;
+    p = p * z + 0.66666668653f;
+    return k * 6.9313812256e-01f - ((half - (s * (half + z * p) + k * 9.0580006145e-06f)) - f);
+}
+#else
 OTKD_INLINE Vec<float> log(Vec<float> x) {
     const VecInt<float> subnormal = x < std::numeric_limits<float>::min();
     const Vec<float> normal = subnormal ? x * 33554432.0f : x;  // 2^25
@@ -337,6 +350,8 @@ OTKD_INLINE Vec<float> log(Vec<float> x) {
     p = p * z + 0.66666662693f;
     return k * 6.9313812256e-01f - ((half - (s * (half + z * p) + k * 9.0580006145e-06f)) - f);
 }
+
+#endif
 
 OTKD_INLINE Vec<double> log(Vec<double> x) {
     const VecInt<double> subnormal = x < std::numeric_limits<double>::min();

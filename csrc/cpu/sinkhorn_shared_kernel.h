@@ -25,8 +25,8 @@ class SharedKernel {
         reduction_.slots = arena.take<double>(threads * kSlots);
     }
 
-    // By all threads together. False, and nothing packed, if (max - min of the finite costs) / epsilon exceeds `limit`:
-    // that bounds the exponents whatever the marginals are, and the cancellation between C / epsilon and the potentials.
+    // By all threads together, each on a copy of one object. False if (max - min of the finite costs) / epsilon exceeds
+    // `limit`: that bounds the exponents whatever the marginals are, and the cancellation between C / epsilon and the potentials.
     // Without `packs` shifts and base only.
     bool start(const Team& team, double limit, bool packs = true);
 
@@ -176,26 +176,30 @@ void SharedKernel<S, T>::weigh_group(int64_t row, int64_t column, S* panel) cons
 
 template <class S, class T>
 bool SharedKernel<S, T>::start(const Team& team, double limit, bool packs) {
+    const auto pack_rows = [&](int64_t i) {
+        for (int64_t j = 0; j < packing_.m && packs; j += kDepth) pack_group(i, j);
+    };
     int64_t begin, end;
     split(packing_.n, kTile, team.size, team.rank, begin, end);
     S low = kInf, high = -kInf;
-    for (int64_t i = begin; i < end; i += kTile) row_ranges(i, low, high);
+    for (int64_t i = begin; i < end; i += kTile) {
+        row_ranges(i, low, high);
+        if (!guarded()) pack_rows(i);
+    }
     reduction_.put(team, 0, -low);
     reduction_.put(team, 1, high);
     team.barrier();
     double least = -reduction_.max(team, 0);
     const double most = reduction_.max(team, 1);
-    const bool constrained = args_.penalty_a == kInfinity && args_.penalty_b == kInfinity && !guarded();
     if (guarded()) {
         least = least < 0 ? least : 0;
         std::fill(shift_ + begin, shift_ + end, static_cast<S>(least));
     }
-    if (team.rank == 0) base_ = constrained && least < kInf ? static_cast<S>(least) : S(0);
+    const bool constrained = args_.penalty_a == kInfinity && args_.penalty_b == kInfinity && !guarded();
+    base_ = constrained && least < kInf ? static_cast<S>(least) : S(0);
     if (most > least && (most - least) / args_.epsilon > limit) return false;
-    team.barrier();
-    for (int64_t i = begin; packs && i < end; i += kTile) {
-        for (int64_t j = 0; j < packing_.m; j += kDepth) pack_group(i, j);
-    }
+    if (!guarded()) return true;
+    for (int64_t i = begin; i < end; i += kTile) pack_rows(i);
     team.barrier();
     return true;
 }

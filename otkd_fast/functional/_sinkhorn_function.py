@@ -43,7 +43,8 @@ def solve(
     guards: those of rows and columns, which only 'cpu' has and only for 'shared'.
     """
     if needs_function(cost, a, b):
-        a, b = (x if x is None or x.requires_grad else x.contiguous() for x in (a, b))  # once for both passes
+        if family == "shared":
+            a, b = (x if x is None or x.requires_grad else x.contiguous() for x in (a, b))  # once for both passes
         if eager():
             call = family, backend, options, gradient, _given(*guards)
             return apply(_SinkhornEager, cost, a, b, initial_f, initial_g, call)
