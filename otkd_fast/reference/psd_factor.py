@@ -86,6 +86,8 @@ def pivoted_cholesky(A: Tensor) -> Tensor:
         rest = (rest - column.square()).scatter(-1, index, 0)
     broken = ~wide.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     return torch.where(broken, torch.nan, columns * deviation.unsqueeze(-1))
+
+
 def eigen_factor(A: Tensor) -> tuple[Tensor, Tensor]:
     """F = V sqrt(max(w, 0)) and its pseudo-inverse, of which eigenvalues at the rounding level take no part.
 
