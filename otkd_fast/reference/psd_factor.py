@@ -30,62 +30,14 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
 def rounding_level(A: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., 1): eigenvalues of A up to this may be none: eps |A|_F from the rounding of the entries to `dtype` (Weyl).
 
-    In float64 it is the eigenvalues that are rounded, since they are computed no wider: LAPACK misses a zero by up to
-    2.4 eps |A|_F at d <= 64, 4 at d = 256 (products of integers, which are exactly singular). 2 + sqrt(d) / 4 covers it.
+    In float64 the eigenvalues themselves are rounded, being computed no wider: LAPACK misses a zero by up to
+    2.4 eps |A|_F at d <= 64, 4 at d = 256 (products of integers, exactly singular). 2 + sqrt(d) / 4 covers it.
     """
     largest = A.abs().amax((-2, -1))  # squares must not vanish
     unit = torch.where(largest == 0, 1, largest)
     norm = (A / unit[..., None, None]).square().sum((-2, -1)).sqrt() * unit
     share = 2 + A.shape[-1] ** 0.5 / 4 if dtype == torch.float64 else 1.0
     return (share * torch.finfo(dtype).eps * norm).unsqueeze(-1)
-
-
-def eigen_factor(A: Tensor) -> tuple[Tensor, Tensor]:
-    """F = V sqrt(max(w, 0)) and its pseudo-inverse, of which eigenvalues at the rounding level take no part.
-
-    Args:
-        A: (..., d, d), float32 or float64; only its symmetric part counts.
-
-    Returns:
-        F, F^+ (..., d, d), float64.
-    """
-    wide = symmetric(A)
-    values, vectors = eigh(wide)
-    roots = values.clamp(min=0).sqrt()  # (..., d)
-    kept = values > rounding_level(wide, A.dtype)
-    inverse = torch.where(kept, 1 / torch.where(kept, roots, 1), 0) + 0 * roots  # NaN stays NaN
-    return vectors * roots.unsqueeze(-2), inverse.unsqueeze(-1) * vectors.mT
-
-
-def pivoted_cholesky(A: Tensor) -> Tensor:
-    """F (..., d, d), float64, with A = F F^T up to rounding; the columns beyond the rank found are 0.
-
-    Row p[k] of F, for the pivots p[0], p[1], ..., is 0 from column k + 1 on.
-
-    Args:
-        A: (..., d, d), float32 or float64; only its symmetric part counts. Variances that are not > 0 give rows of 0.
-    """
-    wide = symmetric(A)
-    deviation = wide.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # (..., d)
-    positive = deviation > 0
-    unit = torch.where(positive, deviation, 1)
-    correlation = torch.where(positive.unsqueeze(-1) & positive.unsqueeze(-2), wide / unit.unsqueeze(-1), 0)
-    correlation = correlation / unit.unsqueeze(-2)
-    tolerance = PIVOT[A.dtype] * torch.finfo(A.dtype).eps
-    rest = positive.to(wide.dtype)  # diagonal of the Schur complement, 0 where it has been a pivot
-    columns = torch.zeros_like(wide)
-    for k in range(wide.shape[-1]):
-        pivot, index = rest.max(-1, keepdim=True)  # (..., 1)
-        chosen = index.unsqueeze(-1)
-        active = pivot > tolerance
-        row = columns.take_along_dim(chosen, -2)  # (..., 1, d)
-        column = correlation.take_along_dim(chosen, -1) - columns @ row.mT  # (..., d, 1)
-        column = column.squeeze(-1) / torch.where(active, pivot, 1).sqrt()
-        column = torch.where(active & (rest != 0), column, 0)
-        columns[..., k] = column
-        rest = (rest - column.square()).scatter(-1, index, 0)
-    broken = ~wide.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return torch.where(broken, torch.nan, columns * deviation.unsqueeze(-1))
 
 
 def eigen_factor(A: Tensor) -> tuple[Tensor, Tensor]:
