@@ -1,4 +1,3 @@
-#include "otkd_fast/masses.h"
 #include "sinkhorn_problems.h"
 
 namespace otkd_fast {
@@ -12,20 +11,25 @@ int64_t sinkhorn_workspace_bytes(const Problems& problems, int gradient) {
     });
 }
 
-void sinkhorn_fwd(const Problems& problems, const Outputs& outputs) {
+// a_stride, b_stride: of masses that do not lie one behind the other, in calls for many small problems; 0: they do.
+void sinkhorn_fwd(const Problems& problems, const Outputs& outputs, int64_t a_stride, int64_t b_stride) {
     with_type(dtype_of(problems), [&](auto type) {
         using T = decltype(type);
         SinkhornArgs<T> args = solve_args<T>(problems, -1);
         set_outputs(args, outputs);
+        args.a_stride = a_stride;
+        args.b_stride = b_stride;
         kernels().of<T>().sinkhorn_fwd(args);
     });
 }
 
-void sinkhorn_bwd(const Problems& problems, int gradient, const Gradients& gradients) {
+void sinkhorn_bwd(const Problems& problems, int gradient, const Gradients& gradients, int64_t a_stride, int64_t b_stride) {
     with_type(dtype_of(problems), [&](auto type) {
         using T = decltype(type);
         SinkhornArgs<T> args = solve_args<T>(problems, gradient);
         set_gradients(args, gradients);
+        args.a_stride = a_stride;
+        args.b_stride = b_stride;
         kernels().of<T>().sinkhorn_bwd(args);
     });
 }
@@ -38,7 +42,7 @@ bool are_right(const Rows& a, const Rows& b, int64_t batch, double tolerance) {
     const auto masses = [](const Rows& rows) {
         return Masses<T>{pointer<T>(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)};
     };
-    return masses_right(masses(a), masses(b), batch, tolerance);
+    return kernels().of<T>().masses_right(masses(a), masses(b), batch, tolerance);
 }
 
 // Without giving up the interpreter lock: it takes a few microseconds.
@@ -51,8 +55,10 @@ bool are_masses_right(int dtype, const Rows& a, const Rows& b, int64_t batch, do
 
 void bind_sinkhorn(pybind11::module_& module) {
     module.def("sinkhorn_workspace", &sinkhorn_workspace_bytes);
-    module.def("sinkhorn_fwd", &sinkhorn_fwd);
-    module.def("sinkhorn_bwd", &sinkhorn_bwd);
+    using pybind11::arg;
+    module.def("sinkhorn_fwd", &sinkhorn_fwd, arg("problems"), arg("outputs"), arg("a_stride") = 0, arg("b_stride") = 0);
+    module.def("sinkhorn_bwd", &sinkhorn_bwd, arg("problems"), arg("gradient"), arg("gradients"), arg("a_stride") = 0,
+               arg("b_stride") = 0);
     module.def("masses_right", &are_masses_right);
 }
 

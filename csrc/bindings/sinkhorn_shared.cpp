@@ -19,6 +19,26 @@ struct SharedCall {
     Address grad_transport_cost = 0, grad_regularized_cost = 0, grad_f = 0, grad_g = 0;
     Address grad_cost = 0, grad_a = 0, grad_b = 0;
 
+    // What forward and backward have in common; all problems of the batch.
+    SharedCall(int dtype, int threads, int keep, int64_t batch, int64_t n, int64_t m, int64_t num_iters, bool cost_transposed,
+               double epsilon, double penalty_a, double penalty_b, double guard_a, double guard_b, Address cost, Address a,
+               Address b, Address initial_f, Address initial_g)
+        : dtype(dtype), keep(keep), threads(threads), batch(batch), n(n), m(m), count(batch), num_iters(num_iters),
+          cost_transposed(cost_transposed), epsilon(epsilon), penalty_a(penalty_a), penalty_b(penalty_b), guard_a(guard_a),
+          guard_b(guard_b), cost(cost), a(a), b(b), initial_f(initial_f), initial_g(initial_g) {}
+
+    void set_outputs(double tolerance, double omega, Address transport, Address regularized, Address of_f, Address of_g, Address error,
+                     Address iterations_run) {
+        tol = tolerance;
+        relaxation = omega;
+        transport_cost = transport;
+        regularized_cost = regularized;
+        f = of_f;
+        g = of_g;
+        marginal_error = error;
+        iterations = iterations_run;
+    }
+
     template <class T>
     SinkhornSharedArgs<T> args() const {
         return {pointer<T>(cost), cost_transposed, pointer<T>(a), pointer<T>(b), pointer<T>(initial_f), pointer<T>(initial_g),
@@ -75,35 +95,24 @@ std::tuple<int64_t, int64_t, int64_t> count_methods(Address methods, int64_t bat
 void bind_sinkhorn_shared(pybind11::module_& module) {
     using Call = SharedCall;
     pybind11::class_<Call> call(module, "SinkhornSharedCall");
-    call.def(pybind11::init<>());
-    for (auto [name, field] : {std::pair{"dtype", &Call::dtype}, {"method", &Call::method}, {"keep", &Call::keep},
-                               {"gradient", &Call::gradient}, {"threads", &Call::threads}}) {
+    call.def(pybind11::init<int, int, int, int64_t, int64_t, int64_t, int64_t, bool, double, double, double, double, double,
+                            Address, Address, Address, Address, Address>());
+    call.def("set_outputs", &Call::set_outputs);
+    for (auto [name, field] : {std::pair{"method", &Call::method}, {"gradient", &Call::gradient}}) {
         call.def_readwrite(name, field);
     }
-    for (auto [name, field] : {std::pair{"batch", &Call::batch}, {"n", &Call::n}, {"m", &Call::m},
-                               {"count", &Call::count}, {"num_iters", &Call::num_iters},
-                               {"apart_stride", &Call::apart_stride}}) {
-        call.def_readwrite(name, field);
-    }
-    for (auto [name, field] : {std::pair{"epsilon", &Call::epsilon}, {"tol", &Call::tol},
-                               {"relaxation", &Call::relaxation}, {"penalty_a", &Call::penalty_a},
-                               {"penalty_b", &Call::penalty_b}, {"guard_a", &Call::guard_a},
-                               {"guard_b", &Call::guard_b}}) {
+    for (auto [name, field] : {std::pair{"batch", &Call::batch}, {"count", &Call::count}, {"apart_stride", &Call::apart_stride}}) {
         call.def_readwrite(name, field);
     }
     for (auto [name, field] :
-         {std::pair{"cost", &Call::cost}, {"a", &Call::a}, {"b", &Call::b}, {"initial_f", &Call::initial_f},
-          {"initial_g", &Call::initial_g}, {"problems", &Call::problems}, {"workspace", &Call::workspace},
-          {"blocks", &Call::blocks}, {"apart", &Call::apart}, {"iterations", &Call::iterations}, {"methods", &Call::methods},
+         {std::pair{"problems", &Call::problems}, {"workspace", &Call::workspace}, {"blocks", &Call::blocks},
+          {"apart", &Call::apart}, {"iterations", &Call::iterations}, {"methods", &Call::methods},
           {"kept_iterations", &Call::kept_iterations}, {"left", &Call::left},
-          {"transport_cost", &Call::transport_cost}, {"regularized_cost", &Call::regularized_cost}, {"f", &Call::f},
-          {"g", &Call::g}, {"marginal_error", &Call::marginal_error},
           {"grad_transport_cost", &Call::grad_transport_cost}, {"grad_regularized_cost", &Call::grad_regularized_cost},
           {"grad_f", &Call::grad_f}, {"grad_g", &Call::grad_g}, {"grad_cost", &Call::grad_cost},
           {"grad_a", &Call::grad_a}, {"grad_b", &Call::grad_b}}) {
         call.def_readwrite(name, field);
     }
-    call.def_readwrite("cost_transposed", &Call::cost_transposed);
     module.def("sinkhorn_shared_methods", &count_methods);
     call.def("workspace_bytes", &Call::workspace_bytes);
     call.def("forward", &Call::forward);

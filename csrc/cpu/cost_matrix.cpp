@@ -14,6 +14,7 @@
 
 #include "cost_matrix_tiles.h"
 #include "otkd_fast/threads.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {

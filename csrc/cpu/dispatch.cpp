@@ -15,7 +15,8 @@ namespace {
      ISA::feature_moments_fwd, ISA::feature_moments_bwd,                                          \
      ISA::sqrtm_fwd,           ISA::sqrtm_bwd,           ISA::sqrtm_workspace_bytes,              \
      ISA::sinkhorn_points_fwd, ISA::sinkhorn_points_bwd, ISA::sinkhorn_points_workspace_bytes,    \
-     ISA::plan_apply,          ISA::plan_apply_bwd,      ISA::plan_apply_workspace_bytes}
+     ISA::plan_apply,          ISA::plan_apply_bwd,      ISA::plan_apply_workspace_bytes,         \
+     ISA::masses_right}
 #define OTKD_FAST_KERNELS(ISA) {#ISA, OTKD_FAST_KERNELS_OF(ISA), OTKD_FAST_KERNELS_OF(ISA)}
 
 const Kernels kBaseline = OTKD_FAST_KERNELS(baseline);

@@ -54,6 +54,7 @@ struct LaneEigen {
             TridiagonalForm form{n, group.q, group.diagonal, group.coupling, scratch, scratch + apart, scratch + 2 * apart, scratch + 3 * apart};
             form.reduce();
             form.make_vectors();
+            reverse(group);
             V size = {};
             for (int64_t k = 0; k < n; ++k) size = max<double>(size, abs<double>(entry_at(group.diagonal, k)) + abs<double>(entry_at(group.coupling, k)));
             group.level = negligible * size;
@@ -70,6 +71,21 @@ struct LaneEigen {
     }
 
   private:
+    // The form from its other end: reduced from the top it has what is large there, and sweeps upwards lose least of what is
+    // small if they find that first.
+    void reverse(const Group& group) const {
+        const auto swap = [](double* p, int64_t i, int64_t j) {
+            const V one = entry_at(p, i);
+            put_at(p, i, entry_at(p, j));
+            put_at(p, j, one);
+        };
+        for (int64_t i = 0; i < n / 2; ++i) swap(group.diagonal, i, n - 1 - i);
+        for (int64_t i = 0; i < (n - 1) / 2; ++i) swap(group.coupling, i, n - 2 - i);
+        for (int64_t row = 0; row < n; ++row) {
+            for (int64_t k = 0; k < n / 2; ++k) swap(group.q.data + row * n * width<double>, k, n - 1 - k);
+        }
+    }
+
     // False if all lanes are done; else the union [begin, end] of the windows.
     bool find_windows(int64_t& begin, int64_t& end) {
         begin = n;

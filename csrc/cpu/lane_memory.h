@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "simd.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {

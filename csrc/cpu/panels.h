@@ -9,6 +9,7 @@
 #include "magnitude.h"
 #include "otkd_fast/threads.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {

@@ -7,6 +7,7 @@
 #include "cost_matrix_tiles.h"
 #include "otkd_fast/cost_matrix.h"
 #include "sinkhorn_buffers.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {

@@ -207,45 +207,6 @@ OTKD_INLINE double largest<double>(Vec<double> v) {
 }
 #endif
 
-// out (4, 4) = in (4, 4)^T, strides in elements; in registers where the compiler can.
-template <class T>
-OTKD_INLINE void transpose_4x4(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-    typedef T V4 __attribute__((vector_size(4 * sizeof(T))));
-    V4 r[4];
-    for (int k = 0; k < 4; ++k) std::memcpy(&r[k], in + k * in_stride, sizeof(V4));
-    const V4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-    const V4 c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-    r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-    r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-    r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-    r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-    for (int k = 0; k < 4; ++k) std::memcpy(out + k * out_stride, &r[k], sizeof(V4));
-    return;
-#endif
-#endif
-    for (int i = 0; i < 4; ++i) {
-        for (int j = 0; j < 4; ++j) out[j * out_stride + i] = in[i * in_stride + j];
-    }
-}
-
-// out (columns, rows) = in (rows, columns)^T, strides in elements.
-template <class T>
-void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) {
-        int64_t j = 0;
-        for (; j + 4 <= columns; j += 4) transpose_4x4(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
-        for (; j < columns; ++j) {
-            for (int k = 0; k < 4; ++k) out[j * out_stride + i + k] = in[(i + k) * in_stride + j];
-        }
-    }
-    for (; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) out[j * out_stride + i] = in[i * in_stride + j];
-    }
-}
-
 template <class T>
 OTKD_INLINE bool any(VecInt<T> mask) {
     typename Simd<T>::Int bits = 0;
@@ -361,6 +322,19 @@ OTKD_INLINE Vec<float> reciprocal_sqrt<float>(Vec<float> x) {
 #endif
 
 // log(x) for x > 0, error about one unit in the last place (the scheme of fdlibm); what it gives elsewhere means nothing.
+#if defined(__AVX512F__)
+OTKD_INLINE Vec<float> log(Vec<float> x) {
+    const __m512 mantissa = _mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    const Vec<float> k = (Vec<float>)_mm512_getexp_ps((__m512)x) - (Vec<float>)_mm512_getexp_ps(mantissa);
+    const Vec<float> f = (Vec<float>)mantissa - 1.0f;  // in [-1/4, 1/2)
+    const Vec<float> s = f * reciprocal<float>(2.0f + f), z = s * s, half = 0.5f * f * f;
+    Vec<float> p = splat(0.23749062419f);
+    p = p * z + 0.28532651067f;
+    p = p * z + 0.40000313520f;
+    p = p * z + 0.66666668653f;
+    return k * 6.9313812256e-01f - ((half - (s * (half + z * p) + k * 9.0580006145e-06f)) - f);
+}
+#else
 OTKD_INLINE Vec<float> log(Vec<float> x) {
     const VecInt<float> subnormal = x < std::numeric_limits<float>::min();
     const Vec<float> normal = subnormal ? x * 33554432.0f : x;  // 2^25
@@ -376,6 +350,8 @@ OTKD_INLINE Vec<float> log(Vec<float> x) {
     p = p * z + 0.66666662693f;
     return k * 6.9313812256e-01f - ((half - (s * (half + z * p) + k * 9.0580006145e-06f)) - f);
 }
+
+#endif
 
 OTKD_INLINE Vec<double> log(Vec<double> x) {
     const VecInt<double> subnormal = x < std::numeric_limits<double>::min();

@@ -1,5 +1,7 @@
 // What the ways of solving share: one problem of a batch, its pieces of memory, sums over a team, and the outputs.
 #pragma once
+#include <type_traits>
+
 #include "otkd_fast/sinkhorn.h"
 #include "otkd_fast/threads.h"
 #include "simd.h"
@@ -64,9 +66,19 @@ struct LoadAs {
     // Lanes [0, count), the others `fill`.
     static OTKD_INLINE Vec<S> part(const T* p, int64_t count, S fill) {
         if (count >= width<S>) return full(p);
-        Vec<S> v = splat(fill);
-        for (int64_t i = 0; i < count; ++i) v[i] = static_cast<S>(p[i]);
-        return v;
+        if constexpr (std::is_same_v<S, T>) {
+            return load_part(p, count, fill);
+        } else {
+            Vec<S> v = splat(fill);
+#if defined(__AVX512F__)
+            if constexpr (std::is_same_v<S, double>) {
+                const auto mask = static_cast<__mmask8>((1u << count) - 1);
+                return (Vec<S>)_mm512_mask_cvtps_pd((__m512d)v, mask, _mm256_maskz_loadu_ps(mask, p));
+            }
+#endif
+            for (int64_t i = 0; i < count; ++i) v[i] = static_cast<S>(p[i]);
+            return v;
+        }
     }
 };
 
@@ -76,6 +88,8 @@ OTKD_INLINE void store_as(T* p, V v, int64_t count) {
     constexpr int64_t lanes = sizeof(V) / sizeof(v[0]);
     if (sizeof(v[0]) == sizeof(T) && count >= lanes) {
         std::memcpy(p, &v, sizeof v);
+    } else if constexpr (std::is_same_v<V, Vec<T>>) {
+        if (count > 0) store_part(p, v, count);
     } else {
         for (int64_t w = 0; w < lanes && w < count; ++w) p[w] = static_cast<T>(v[w]);
     }

@@ -143,7 +143,8 @@ template <class S, class T, int kVectors>
 void LaneGroup<S, T, kVectors>::load_masses(const T* masses, bool rows, S* mass, S* unused) {
     const int64_t size = rows ? n_ : m_;
     if (masses) {
-        get([&](const Place& p) { return masses + (rows ? p.rows : p.columns); },
+        const int64_t stride = rows ? args_.a_stride : args_.b_stride;
+        get([&](const Place& p) { return masses + (stride ? p.index * stride : rows ? p.rows : p.columns); },
             [&](const Place& p) { return rows ? p.n : p.m; }, size, T(0), mass);
     } else {
         fill(static_cast<S>(1.0 / static_cast<double>(size)), mass, size);

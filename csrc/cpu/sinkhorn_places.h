@@ -42,12 +42,12 @@ SinkhornArgs<T> problem_at(const SinkhornArgs<T>& all, const Place& place) {
     one.batch = 1;
     one.cost = from(all.cost, place.entries);
     one.grad_cost = from(all.grad_cost, place.entries);
-    one.a = from(all.a, place.rows);
+    one.a = from(all.a, all.a_stride ? place.index * all.a_stride : place.rows);
     one.initial_f = from(all.initial_f, place.rows);
     one.f = from(all.f, place.rows);
     one.grad_f = from(all.grad_f, place.rows);
     one.grad_a = from(all.grad_a, place.rows);
-    one.b = from(all.b, place.columns);
+    one.b = from(all.b, all.b_stride ? place.index * all.b_stride : place.columns);
     one.initial_g = from(all.initial_g, place.columns);
     one.g = from(all.g, place.columns);
     one.grad_g = from(all.grad_g, place.columns);
@@ -57,6 +57,7 @@ SinkhornArgs<T> problem_at(const SinkhornArgs<T>& all, const Place& place) {
     one.regularized_cost = from(all.regularized_cost, place.index);
     one.marginal_error = from(all.marginal_error, place.index);
     one.iterations = from(all.iterations, place.index);
+    one.a_stride = one.b_stride = 0;
     one.grad_transport_cost = from(all.grad_transport_cost, place.index);
     one.grad_regularized_cost = from(all.grad_regularized_cost, place.index);
     return one;

@@ -3,6 +3,7 @@
 // sum, and everything else is done a vector at a time. The same recurrences, the same results to rounding. One thread.
 #pragma once
 #include "sinkhorn_scaling.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {

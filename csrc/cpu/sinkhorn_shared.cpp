@@ -35,10 +35,11 @@ class SharedSolver {
     int64_t forward() const {
         Arena arena{args_.workspace};
         unsigned char* left = arena.take<unsigned char>(blocks_ * lanes_);
-        SharedKernel<S, T> kernel(args_, arena, threads_);
-        const double limit = sizeof(S) == 4 ? kFloatRange : kernel.guarded() ? kInfinity : kDoubleRange;
+        const SharedKernel<S, T> shared(args_, arena, threads_);
+        const double limit = sizeof(S) == 4 ? kFloatRange : shared.guarded() ? kInfinity : kDoubleRange;
         bool in_range = true;
         parallel(threads_, [&](const Team& team) {
+            SharedKernel<S, T> kernel = shared;
             if (!kernel.start(team, limit)) {
                 if (team.rank == 0) in_range = false;
                 return;
@@ -56,11 +57,12 @@ class SharedSolver {
 
     void backward() const {
         Arena arena{args_.workspace};
-        SharedKernel<S, T> kernel(args_, arena, threads_);
+        const SharedKernel<S, T> shared(args_, arena, threads_);
         S* outer = arena.take<S>(threads_ * outer_entries());
         parallel(threads_, [&](const Team& team) {
             S* own = args_.grad_cost ? outer + team.rank * outer_entries() : nullptr;
             if (own) std::memset(own, 0, outer_entries() * sizeof(S));
+            SharedKernel<S, T> kernel = shared;
             kernel.start(team, kInfinity, args_.gradient == Gradient::unroll || args_.gradient == Gradient::last_step);
             for_blocks<SharedBackward<S, T>>(team, kernel, arena, [&](auto solver, int64_t, const Team& members) {
                 solver.solve(members, members.size > 1 && own ? outer : own);
@@ -126,7 +128,7 @@ class SharedSolver {
             Arena arena{rest.base + rest.used + team.rank * stride};
             body(Solver(block(index), kernel, arena, 1), index * lanes_, self);
         }
-        team.barrier();
+        if (apart < blocks_) team.barrier();
         for (int64_t index = apart; index < blocks_; ++index) {
             Arena arena = rest;
             body(Solver(block(index), kernel, arena, team.size), index * lanes_, team);

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "sinkhorn_shared_kernel.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {

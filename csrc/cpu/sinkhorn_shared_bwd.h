@@ -44,9 +44,11 @@ class SharedBackward : SharedSweep<S, T> {
     void first_adjoint(const Team& team);
     void first_rows(const Team& team, int64_t row, int64_t rows, bool add);
     void iterate(const Team& team, int64_t t, S* outer);
-    void columns_to_rows(const Team& team, const S* joins, bool joined);
+    template <class Gamma>
+    void columns_to_rows(const Team& team, const S* joins, bool joined, Gamma of);
+    void adjoint_rows(int64_t row, int64_t rows, const S* joins, bool joined, S* z);
     void rows_to_columns(const Team& team, const S* joins, bool joined, bool last);
-    void previous_columns(const Team& team, int64_t slot, bool last);
+    void previous_columns(const Team& team, int64_t slot);
     void previous_of_last(const Team& team);
     void collect_cost(const Team& team, S* outer);
     void direct_cost(const Team& team, S* outer);
@@ -193,22 +195,31 @@ void SharedBackward<S, T>::load_scalings(const Team& team, int64_t slot) {
     }
 }
 
-// w from Gamma, for the thread's own columns. Problems whose last iteration this is join with their first adjoints; `joined`:
-// there are some.
+// w from the Gamma that of(k) gives, for the thread's own columns, which `inverse` and the masses belong to. Problems whose
+// last iteration this is join with their first adjoints; `joined`: there are some.
 template <class S, class T>
-void SharedBackward<S, T>::columns_to_rows(const Team& team, const S* joins, bool joined) {
+template <class Gamma>
+OTKD_INLINE void SharedBackward<S, T>::columns_to_rows(const Team& team, const S* joins, bool joined, Gamma of) {
     const S lambda = static_cast<S>(columns_.penalty.lambda());
     const Vec<S> zero = {};
+    const S *mass = columns_.mass, *inverse = columns_.inverse, *of_g = args_.grad_g ? of_g_ : nullptr;
+    S *sum = args_.grad_b ? sum_gamma_ : nullptr, *w = v_;
     int64_t begin, end;
     own_atoms(team, false, begin, end);
-    for_atoms(begin, end, [&](int64_t k, int64_t lane) {
-        Vec<S> gamma = load(gamma_ + k);
-        if (joined) gamma = load(joins + lane) > zero ? load(first_gamma_ + k) : gamma;
-        if (args_.grad_b) store(sum_gamma_ + k, load(sum_gamma_ + k) + gamma);
-        Vec<S> bar = load(columns_.mass + k) * gamma;
-        if (args_.grad_g) bar += load(joins + lane) * load(of_g_ + k);
-        store(v_ + k, lambda * load(columns_.inverse + k) * bar);
-    });
+    if (joined || sum || of_g || lambda != 1) {
+        for_atoms(begin, end, [&](int64_t k, int64_t lane) {
+            Vec<S> gamma = of(k);
+            if (joined) gamma = load(joins + lane) > zero ? load(first_gamma_ + k) : gamma;
+            if (sum) store(sum + k, load(sum + k) + gamma);
+            Vec<S> bar = load(mass + k) * gamma;
+            if (of_g) bar += load(joins + lane) * load(of_g + k);
+            store(w + k, lambda * load(inverse + k) * bar);
+        });
+    } else {
+        for (int64_t k = begin * lanes_; k < end * lanes_; k += width<S>) {
+            store(w + k, load(inverse + k) * (load(mass + k) * of(k)));
+        }
+    }
     if (w_t_ && begin < end) transpose_columns(v_, lanes_, begin, end, outer_stride<S>(args_.m), w_t_);
     team.barrier();
 }
@@ -216,41 +227,55 @@ void SharedBackward<S, T>::columns_to_rows(const Team& team, const S* joins, boo
 // Phi and z from K w, and unless it is the last step K^T z.
 template <class S, class T>
 void SharedBackward<S, T>::rows_to_columns(const Team& team, const S* joins, bool joined, bool last) {
-    const S lambda = static_cast<S>(rows_.penalty.lambda());
     S* sums = this->own_sums(team);
     int64_t begin, end;
     own_atoms(team, true, begin, end);
     for_panels(begin, end, [&](int64_t row, int64_t rows) {
         S* z = this->own_panel(team);
         this->times(kernel_.panel(row), row, padded(rows), v_, z);
-        for_atoms(row, row + rows, [&](int64_t k, int64_t lane) {
-            S* at = z + k - row * lanes_;
-            Vec<S> phi = -(load(rows_.scaling + k) * load(at));
-            if (joined) phi += load(joins + lane) * load(first_phi_ + k);
-            if (args_.grad_a) store(sum_phi_ + k, load(sum_phi_ + k) + phi);
-            Vec<S> bar = load(rows_.mass + k) * phi;
-            if (args_.grad_f) bar += load(joins + lane) * load(of_f_ + k);
-            store(at, lambda * load(rows_.inverse + k) * bar);
-            if (z_) store(z_ + k, load(at));
-            if (u_) store(u_ + k, load(rows_.mass + k) * load(rows_.scaling + k));
-        });
+        adjoint_rows(row, rows, joins, joined, z);
         if (!last) this->transposed_times(kernel_.panel(row), row, padded(rows), z, sums, row > begin);
     });
     if (!last) this->finish_sums(team, begin >= end);
 }
 
-// Gamma of the iteration before, and its v in before_; slot -1: before the first iteration.
+// z (rows, L) in the place of the sums K w of these rows.
 template <class S, class T>
-void SharedBackward<S, T>::previous_columns(const Team& team, int64_t slot, bool last) {
+void SharedBackward<S, T>::adjoint_rows(int64_t row, int64_t rows, const S* joins, bool joined, S* z) {
+    const S lambda = static_cast<S>(rows_.penalty.lambda());
+    const S *mass = rows_.mass, *scaling = rows_.scaling, *inverse = rows_.inverse;
+    const S* of_f = args_.grad_f ? of_f_ : nullptr;
+    S *sum = args_.grad_a ? sum_phi_ : nullptr, *kept_z = z_, *kept_u = u_;
+    const int64_t first = row * lanes_;
+    if (joined || of_f || kept_u || !sum || lambda != 1) {
+        for_atoms(row, row + rows, [&](int64_t k, int64_t lane) {
+            Vec<S> phi = -(load(scaling + k) * load(z + k - first));
+            if (joined) phi += load(joins + lane) * load(first_phi_ + k);
+            if (sum) store(sum + k, load(sum + k) + phi);
+            Vec<S> bar = load(mass + k) * phi;
+            if (of_f) bar += load(joins + lane) * load(of_f + k);
+            const Vec<S> own = lambda * load(inverse + k) * bar;
+            store(z + k - first, own);
+            if (kept_z) store(kept_z + k, own);
+            if (kept_u) store(kept_u + k, load(mass + k) * load(scaling + k));
+        });
+        return;
+    }
+    for (int64_t k = first; k < (row + rows) * lanes_; k += width<S>) {
+        const Vec<S> x = load(scaling + k), phi = -(x * load(z + k - first));
+        store(sum + k, load(sum + k) + phi);
+        store(z + k - first, x * (load(mass + k) * phi));
+    }
+}
+
+// v of the iteration before in before_; slot -1: before the first iteration.
+template <class S, class T>
+void SharedBackward<S, T>::previous_columns(const Team& team, int64_t slot) {
     int64_t begin, end;
     own_atoms(team, false, begin, end);
     if (slot < 0) return start_columns(block_, columns_, begin, end, before_);
     const S* y = scalings(team, columns_, kept(team, columns_, slot, before_), before_);
-    for_atoms(begin, end, [&](int64_t k, int64_t) {
-        const Vec<S> before = load(y + k);
-        if (!last) store(gamma_ + k, -(before * load(this->sums_ + k)));
-        store(before_ + k, load(columns_.mass + k) * before);
-    });
+    for_atoms(begin, end, [&](int64_t k, int64_t) { store(before_ + k, load(columns_.mass + k) * load(y + k)); });
 }
 
 // v before the last iteration in before_: that of slot 0, or the start where there was one iteration.
@@ -258,17 +283,17 @@ template <class S, class T>
 void SharedBackward<S, T>::previous_of_last(const Team& team) {
     int64_t begin, end;
     own_atoms(team, false, begin, end);
-    previous_columns(team, 0, true);
+    previous_columns(team, 0);
     start_columns(block_, columns_, begin, end, gamma_);
     for (int64_t lane = 0; lane < lanes_; ++lane) {
         for (int64_t j = begin; j < end && iterations_[lane] <= 1; ++j) before_[j * lanes_ + lane] = gamma_[j * lanes_ + lane];
     }
 }
 
-// Iteration t backwards, of the problems that ran that long.
+// Iteration t backwards, of the problems that ran that long. Gamma = -y' (K^T z) of the sums that iteration t + 1 left.
 template <class S, class T>
 void SharedBackward<S, T>::iterate(const Team& team, int64_t t, S* outer) {
-    const bool only = args_.gradient == Gradient::last_step, last = only || t == 0;
+    const bool only = args_.gradient == Gradient::last_step, last = only || t == 0, first = only || t + 1 == most_iterations_;
     S joins[kMaxLanes];
     bool joined = false;
     for (int64_t lane = 0; lane < kMaxLanes; ++lane) {
@@ -276,14 +301,20 @@ void SharedBackward<S, T>::iterate(const Team& team, int64_t t, S* outer) {
         joined |= joins[lane] > 0;
     }
     load_scalings(team, only ? 1 : t);
-    columns_to_rows(team, joins, joined);
+    const S *y = columns_.scaling, *sums = this->sums_;
+    if (first) {
+        columns_to_rows(team, joins, joined, [](int64_t) { return Vec<S>{}; });
+    } else {
+        columns_to_rows(team, joins, joined, [=](int64_t k) { return -(load(y + k) * load(sums + k)); });
+    }
     rows_to_columns(team, joins, joined, last);
+    if (!outer) return;
     if (only) {
         previous_of_last(team);
     } else {
-        previous_columns(team, t - 1, last);
+        previous_columns(team, t - 1);
     }
-    if (outer) collect_cost(team, outer);
+    collect_cost(team, outer);
 }
 
 template <class S, class T>

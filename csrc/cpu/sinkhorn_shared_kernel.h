@@ -9,6 +9,7 @@
 #include "gemm.h"
 #include "otkd_fast/sinkhorn_shared.h"
 #include "sinkhorn_buffers.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {
@@ -24,8 +25,8 @@ class SharedKernel {
         reduction_.slots = arena.take<double>(threads * kSlots);
     }
 
-    // By all threads together. False, and nothing packed, if (max - min of the finite costs) / epsilon exceeds `limit`:
-    // that bounds the exponents whatever the marginals are, and the cancellation between C / epsilon and the potentials.
+    // By all threads together, each on a copy of one object. False if (max - min of the finite costs) / epsilon exceeds
+    // `limit`: that bounds the exponents whatever the marginals are, and the cancellation between C / epsilon and the potentials.
     // Without `packs` shifts and base only.
     bool start(const Team& team, double limit, bool packs = true);
 
@@ -51,7 +52,8 @@ class SharedKernel {
     static constexpr S kInf = std::numeric_limits<S>::infinity();
     static constexpr int64_t kSlack = kTile + width<S>;  // entries that whole vectors may touch behind the last one
 
-    static constexpr int64_t kTurned = kTile * (kDepth + width<T>);  // entries of a block that was transposed
+    static constexpr int64_t kTurnedRows = (kTile + 3) / 4 * 4;             // whole tiles of a transposition
+    static constexpr int64_t kTurned = kTurnedRows * (kDepth + width<T>);  // entries of a block that was transposed
 
     static Vec<S> finite(Vec<S> x) { return x < kInf ? x : x != x ? x : Vec<S>{}; }
     static Vec<S> load_cost(const T* cost, int64_t count) {
@@ -63,7 +65,7 @@ class SharedKernel {
     const T* block(int64_t row, int64_t column, T* turned, int64_t& stride) const {
         stride = args_.cost_transposed ? kDepth + width<T> : args_.m;
         if (!args_.cost_transposed) return args_.cost + row * args_.m + column;
-        const int64_t columns = std::min(kDepth, args_.m - column), rows = std::min<int64_t>(kTile, args_.n - row);
+        const int64_t columns = std::min(kDepth, args_.m - column), rows = std::min(kTurnedRows, args_.n - row);
         transpose(args_.cost + column * args_.n + row, args_.n, turned, stride, columns, rows);
         return turned;
     }
@@ -82,26 +84,32 @@ class SharedKernel {
 // The smallest cost of each of kTile rows becomes its shift; low and high take in the smallest and the largest finite one.
 template <class S, class T>
 void SharedKernel<S, T>::row_ranges(int64_t row, S& low, S& high) {
-    T turned[kTurned];
-    Vec<S> least[kTile], most = splat(-kInf);
-    for (int64_t r = 0; r < kTile; ++r) least[r] = splat(kInf);
     const int64_t rows = std::min<int64_t>(kTile, args_.n - row);
-    for (int64_t column = 0; column < args_.m && rows > 0; column += kDepth) {
-        int64_t stride;
-        const T* block = this->block(row, column, turned, stride);
-        const int64_t columns = std::min(kDepth, args_.m - column);
-        for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t j = 0; j < columns; j += width<S>) {
-                const Vec<S> c = load_cost(block + r * stride + j, columns - j);
-                least[r] = min<S>(c, least[r]);
-                most = max<S>(c < kInf ? c : splat(-kInf), most);
+    Vec<S> most = splat(-kInf);
+    const auto take = [&](const T* cost, int64_t count, Vec<S>& least) {
+        const Vec<S> c = load_cost(cost, count);
+        least = min<S>(c, least);
+        most = max<S>(c < kInf ? c : splat(-kInf), most);
+    };
+    const auto keep = [&](int64_t i, S least) {
+        shift_[i] = least < kInf ? least : S(0);
+        low = least < low ? least : low;
+    };
+    if (args_.cost_transposed) {
+        for (int64_t r = 0; r < kTile; r += width<S>) {
+            Vec<S> least = splat(kInf);
+            for (int64_t j = 0; j < args_.m && r < rows; ++j) {
+                take(args_.cost + j * args_.n + row + r, std::min<int64_t>(rows - r, width<S>), least);
             }
+            for (int64_t w = 0; w < width<S> && r + w < kTile; ++w) keep(row + r + w, least[w]);
         }
-    }
-    for (int64_t r = 0; r < kTile; ++r) {
-        const S own = -largest<S>(-least[r]);
-        shift_[row + r] = own < kInf ? own : S(0);
-        low = own < low ? own : low;
+    } else {
+        for (int64_t r = 0; r < kTile; ++r) {
+            Vec<S> least = splat(kInf);
+            const T* cost = args_.cost + (row + r) * args_.m;
+            for (int64_t j = 0; j < args_.m && r < rows; j += width<S>) take(cost + j, args_.m - j, least);
+            keep(row + r, -largest<S>(-least));
+        }
     }
     const S own_high = largest<S>(most);
     high = own_high > high ? own_high : high;
@@ -110,20 +118,24 @@ void SharedKernel<S, T>::row_ranges(int64_t row, S& low, S& high) {
 // kTile rows from `row` on, the block of columns that begins at `column`.
 template <class S, class T>
 void SharedKernel<S, T>::pack_group(int64_t row, int64_t column) {
-    S entries[kDepth + width<S>];
+    constexpr int64_t ld = kDepth + width<S>;
+    S entries[kTile * ld];
     T turned[kTurned];
     int64_t stride = 0;
     const T* block = row < args_.n ? this->block(row, column, turned, stride) : nullptr;
     const int64_t depth = packing_.depth(column);
-    S* to = kernel_ + packing_.panel(row) + packing_.group(row, column);
-    for (int64_t r = 0; r < kTile; ++r, to += kTile) {
+    for (int64_t r = 0; r < kTile; ++r) {
         const int64_t columns = row + r < args_.n ? args_.m - column : 0;
         for (int64_t j = 0; j < depth; j += width<S>) {
             const Vec<S> zero = {};
             const bool used = j < columns;
-            store(entries + j, used ? exp_(shift_[row + r] - load_cost(block + r * stride + j, columns - j)) : zero);
+            const Vec<S> own = used ? exp_(shift_[row + r] - load_cost(block + r * stride + j, columns - j)) : zero;
+            store(entries + r * ld + j, own);
         }
-        for (int64_t j = 0; j < depth; j += kTile) std::memcpy(to + j * kTile, entries + j, kTile * sizeof(S));
+    }
+    S* to = kernel_ + packing_.panel(row) + packing_.group(row, column);
+    for (int64_t j = 0; j < depth; j += kTile) {
+        for (int64_t r = 0; r < kTile; ++r, to += kTile) std::memcpy(to, entries + r * ld + j, kTile * sizeof(S));
     }
 }
 
@@ -164,26 +176,30 @@ void SharedKernel<S, T>::weigh_group(int64_t row, int64_t column, S* panel) cons
 
 template <class S, class T>
 bool SharedKernel<S, T>::start(const Team& team, double limit, bool packs) {
+    const auto pack_rows = [&](int64_t i) {
+        for (int64_t j = 0; j < packing_.m && packs; j += kDepth) pack_group(i, j);
+    };
     int64_t begin, end;
     split(packing_.n, kTile, team.size, team.rank, begin, end);
     S low = kInf, high = -kInf;
-    for (int64_t i = begin; i < end; i += kTile) row_ranges(i, low, high);
+    for (int64_t i = begin; i < end; i += kTile) {
+        row_ranges(i, low, high);
+        if (!guarded()) pack_rows(i);
+    }
     reduction_.put(team, 0, -low);
     reduction_.put(team, 1, high);
     team.barrier();
     double least = -reduction_.max(team, 0);
     const double most = reduction_.max(team, 1);
-    const bool constrained = args_.penalty_a == kInfinity && args_.penalty_b == kInfinity && !guarded();
     if (guarded()) {
         least = least < 0 ? least : 0;
         std::fill(shift_ + begin, shift_ + end, static_cast<S>(least));
     }
-    if (team.rank == 0) base_ = constrained && least < kInf ? static_cast<S>(least) : S(0);
+    const bool constrained = args_.penalty_a == kInfinity && args_.penalty_b == kInfinity && !guarded();
+    base_ = constrained && least < kInf ? static_cast<S>(least) : S(0);
     if (most > least && (most - least) / args_.epsilon > limit) return false;
-    team.barrier();
-    for (int64_t i = begin; packs && i < end; i += kTile) {
-        for (int64_t j = 0; j < packing_.m; j += kDepth) pack_group(i, j);
-    }
+    if (!guarded()) return true;
+    for (int64_t i = begin; i < end; i += kTile) pack_rows(i);
     team.barrier();
     return true;
 }

@@ -2,6 +2,7 @@
 // whose long sides are the rows and the columns of the cost.
 #pragma once
 #include "gemm.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {

@@ -10,6 +10,7 @@
 #include "magnitude.h"
 #include "otkd_fast/sqrtm.h"
 #include "panels.h"
+#include "transpose.h"
 
 namespace otkd_fast {
 namespace OTKD_ISA {
@@ -82,8 +83,9 @@ struct TridiagonalRoot {
         T* aux = args.aux + index * (n + 1) * n;
         double squares = 0;
         for (int64_t k = 0; k < n; ++k) squares += values[k * width<double>] * values[k * width<double>];
-        // reference/sqrtm.py says why the gradient has a level of its own
-        const double share = args.inverse || sizeof(T) == sizeof(double) ? 1.0 : std::fmin(0.5, 1 / std::sqrt(static_cast<double>(n)));
+        // reference/sqrtm.py says why the gradient has a level of its own, reference/psd_factor.py what float64 needs more
+        const double root_n = std::sqrt(static_cast<double>(n));
+        const double share = sizeof(T) == sizeof(double) ? 2 + root_n / 4 : args.inverse ? 1.0 : std::fmin(0.5, 1 / root_n);
         const double level = share * std::numeric_limits<T>::epsilon() * std::sqrt(squares);
         load_panels(aux, n, n, false, PowerOfTwo<T>(0), factor);
         for (int64_t k = 0; k < n; ++k) {

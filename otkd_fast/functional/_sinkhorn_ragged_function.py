@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops._library import operators
-from ._autograd import distinct, each_mapped, keep_signature, needs_function, no_second_derivative, transformed
+from ._autograd import apply, distinct, each_mapped, keep_signature, needs_function, no_second_derivative, transformed
 from ._sinkhorn_function import covered_only
 from ._sinkhorn_options import KEEP, Options
 
@@ -31,7 +31,7 @@ def solve(
     """transport_cost, regularized_cost, f, g, marginal_error, num_iters of the compiled op of `backend`."""
     tensors = cost, a, b, initial_f, initial_g, row_offsets, column_offsets
     if needs_function(cost, a, b):
-        return _Ragged.apply(*distinct(*tensors), backend, *options, gradient)[:6]
+        return apply(_Ragged, *distinct(*tensors), backend, *options, gradient)[:6]
     return _FORWARD[backend](*tensors, *options, 0)[:6]
 
 
@@ -41,7 +41,7 @@ def costs(
     """Packed costs (E,) between the points (N, d) and (M, d) of each problem; differentiable by the points."""
     tensors = x, y, row_offsets, column_offsets
     if needs_function(x, y):
-        return _Costs.apply(*distinct(*tensors), entries, metric, backend)
+        return apply(_Costs, *distinct(*tensors), entries, metric, backend)
     return _COSTS[backend](*tensors, entries, metric)
 
 

@@ -86,6 +86,8 @@ def check_masses(a: Tensor | None, b: Tensor | None, same_total: bool = True) ->
         a: (..., n) or None.
         b: (..., m) or None; not None if `a` is.
     """
+    if same_total and _natively_right(a, b):
+        return
     a, b = None if a is None else a.detach(), None if b is None else b.detach()
     if same_total:
         if not _surely_right(a, b):
@@ -96,16 +98,17 @@ def check_masses(a: Tensor | None, b: Tensor | None, same_total: bool = True) ->
             _total(name, weights)
 
 
+def _natively_right(a: Tensor | None, b: Tensor | None) -> bool:
+    """The check of every call, natively: as tensor operations it would cost as much as a small solve."""
+    return can_check_masses(a, b) and masses_right(a, b, TOTAL_TOLERANCE[(b if a is None else a).dtype])
+
+
 def _surely_right(a: Tensor | None, b: Tensor | None) -> bool:
-    """The check of every call, natively or in few tensor operations: they cost as much as a small solve. False if in
-    doubt.
-    """
+    """The check where the native one does not serve, in few tensor operations. False if in doubt."""
     given = [weights for weights in (a, b) if weights is not None]
     if any(weights.numel() == 0 for weights in given):
         return True
     tolerance = TOTAL_TOLERANCE[given[0].dtype]
-    if can_check_masses(a, b):
-        return masses_right(a, b, tolerance)
     given = [weights.contiguous() for weights in given]  # reductions over strided rows take ten times as long
     if any(not weights.amin().item() >= 0 for weights in given):
         return False

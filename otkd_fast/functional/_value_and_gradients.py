@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._values import values_readable
-from ._autograd import distinct, keep_signature, mapped, needs_function, transformed
+from ._autograd import apply, distinct, keep_signature, mapped, needs_function, transformed
 
 Compute = Callable[[Tensor, Tensor, bool, bool], tuple[Tensor, Tensor | None, Tensor | None]]
 
@@ -28,7 +28,7 @@ def value_and_gradients(op: str, compute: Compute, x: Tensor, y: Tensor) -> Tens
     # under a transform, requires_grad says nothing about outer levels
     unknown = torch._C._are_functorch_transforms_active()
     needs = unknown or x.requires_grad, unknown or y.requires_grad
-    return _ValueAndGradients.apply(*distinct(x, y), op, compute, *needs)[0]
+    return apply(_ValueAndGradients, *distinct(x, y), op, compute, *needs)[0]
 
 
 @keep_signature

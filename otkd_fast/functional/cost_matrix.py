@@ -8,7 +8,16 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import resolve
 from ..ops._library import operators
-from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, to_front, transformed
+from ._autograd import (
+    apply,
+    distinct,
+    keep_signature,
+    mapped,
+    needs_function,
+    no_second_derivative,
+    to_front,
+    transformed,
+)
 from ._validate import HALF_DTYPES, check_choice, check_same_kind, check_tensor, positive_float
 
 METRICS = ("l1", "l2", "sqeuclidean", "cosine")
@@ -70,7 +79,7 @@ def cost_matrix(
     if backend == "reference":
         cost = reference.cost_matrix(x, y, metric=metric, softmax_temperature=softmax_temperature)
     elif needs_function(x, y):
-        cost = _CostMatrix.apply(*distinct(x, y), metric, temperature, backend)
+        cost = apply(_CostMatrix, *distinct(x, y), metric, temperature, backend)
     else:
         cost = _FORWARD[backend](x, y, metric, temperature, temperature)
     return cost if cost.dtype == dtype else cost.to(dtype)

@@ -14,7 +14,7 @@ from .. import reference
 from .._dispatch import resolve
 from ..ops._library import operators
 from ..ops.moments import kernel_takes
-from ._autograd import keep_signature, mapped, needs_function, no_second_derivative, transformed
+from ._autograd import apply, keep_signature, mapped, needs_function, no_second_derivative, transformed
 from ._matrices import check_flag, in_float32
 from ._validate import check_tensor, not_negative_float, positive_int
 
@@ -89,7 +89,7 @@ def feature_moments(
     if backend == "reference" or not kernel_takes(x, axes, counts):
         mean, std = reference.feature_moments(x, dim=axes, grid=counts, unbiased=unbiased, eps=eps)
     elif needs_function(x):
-        mean, std = _Moments.apply(x, axes, counts, unbiased, eps, backend)
+        mean, std = apply(_Moments, x, axes, counts, unbiased, eps, backend)
     else:
         mean, std = _FWD[backend](x, axes, counts, unbiased, eps)
     if grid is None:

@@ -9,7 +9,7 @@ from .. import reference
 from .._dispatch import resolve
 from .._guards import refuse_gradient
 from ..ops._library import operators
-from ._autograd import keep_signature, mapped, needs_function, transformed
+from ._autograd import apply, keep_signature, mapped, needs_function, transformed
 from ._matrices import check_not_empty, in_float32
 from ._validate import check_tensor
 from ._value_and_gradients import only_first_derivative
@@ -53,7 +53,7 @@ def polar(K: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     check_not_empty("K", K, 2)
     (K,) = in_float32(K)
     backend = resolve("polar", K.device, backend)
-    return _Polar.apply(K, backend) if needs_function(K) else _forward(K, backend)
+    return apply(_Polar, K, backend) if needs_function(K) else _forward(K, backend)
 
 
 def _forward(K: Tensor, backend: str) -> tuple[Tensor, Tensor]:

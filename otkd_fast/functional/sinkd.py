@@ -8,7 +8,7 @@ from torch import Tensor
 from .._dispatch import resolve
 from ..ops._library import operators
 from ..reference.sinkd import sinkd_transport_cost as _reference
-from ._autograd import distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
+from ._autograd import apply, distinct, keep_signature, mapped, needs_function, no_second_derivative, transformed
 
 __all__ = ["sinkd_transport_cost"]
 
@@ -56,7 +56,7 @@ def sinkd_transport_cost(
     needs = unknown or rows.requires_grad, unknown or columns.requires_grad
     if unknown or torch.compiler.is_compiling():
         return _SinKD.apply(*distinct(rows, columns, weights_rows, weights_columns), *parameters, *needs, backend)[0]
-    return _SinKDEager.apply(rows, columns, weights_rows, weights_columns, (*parameters, *needs), backend)
+    return apply(_SinKDEager, rows, columns, weights_rows, weights_columns, (*parameters, *needs), backend)
 
 
 class _SinKDEager(torch.autograd.Function):

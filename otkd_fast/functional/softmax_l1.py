@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._dispatch import resolve
 from ..ops._library import operators
+from ._autograd import apply
 from ._value_and_gradients import only_first_derivative
 
 __all__ = ["softmax_l1"]
@@ -58,7 +59,7 @@ def softmax_l1(
     the arguments: nothing is checked here.
     """
     backend = resolve("cost_matrix", x.device, backend)
-    return _SoftmaxL1.apply(x, y, temperature_x, temperature_y, index, mask, dtype, backend)
+    return apply(_SoftmaxL1, x, y, temperature_x, temperature_y, index, mask, dtype, backend)
 
 
 class _SoftmaxL1(torch.autograd.Function):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .. import reference
 from .._dispatch import resolve
 from ..ops._library import operators
 from ..ops.sqrtm import chosen_alone
-from ._autograd import keep_signature, mapped, needs_function, transformed
+from ._autograd import apply, eager, keep_signature, mapped, needs_function, transformed
 from ._matrices import check_flag, check_square
 from ._validate import HALF_DTYPES, check_choice
 from ._value_and_gradients import only_first_derivative
@@ -111,9 +110,9 @@ def _backward(A, S, aux, grad, inverse: bool, algorithm: str, backend: str) -> T
 
 
 def _apply(A: Tensor, inverse: bool, algorithm: str, backend: str) -> Tensor:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _Sqrtm.apply(A, inverse, algorithm, backend)[0]
-    return _SqrtmEager.apply(A, inverse, algorithm, backend)
+    if eager():
+        return apply(_SqrtmEager, A, inverse, algorithm, backend)
+    return _Sqrtm.apply(A, inverse, algorithm, backend)[0]
 
 
 class _SqrtmEager(torch.autograd.Function):

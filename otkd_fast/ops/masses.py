@@ -12,8 +12,12 @@ def can_check_masses(a: Tensor | None, b: Tensor | None) -> bool:
     if native is None:
         return False
     if a is None or b is None:
-        return (b if a is None else a).dtype in DTYPE_CODES
-    return a.dtype == b.dtype and a.dtype in DTYPE_CODES and a.shape[:-1] == b.shape[:-1]
+        given = b if a is None else a
+        return given.dtype in DTYPE_CODES and given.shape[-1] > 0
+    of_a, of_b = a.shape, b.shape
+    if of_a[-1] == 0 or of_b[-1] == 0:
+        return False
+    return a.dtype == b.dtype and a.dtype in DTYPE_CODES and of_a[:-1] == of_b[:-1]
 
 
 def masses_right(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
@@ -28,7 +32,7 @@ def _in_rows(weights: Tensor | None) -> Tensor | None:
     """Equidistant rows of adjacent masses."""
     if weights is None or weights.dim() == 2 and weights.stride(1) == 1:
         return weights
-    return weights.contiguous()
+    return weights.detach().contiguous()
 
 
 def _rows(weights: Tensor | None) -> tuple[int, int, int]:

@@ -66,6 +66,18 @@ def _with_workspace(problems: tuple, gradient: int) -> tuple[tuple, Tensor]:
     return (*problems[:7], scratch.data_ptr(), *problems[8:]), scratch
 
 
+def _in_rows(masses: Tensor | None, together: bool) -> tuple[Tensor | None, int]:
+    """The masses, and the elements from those of one problem to the next; 0: there is nothing between them.
+
+    Many small problems at a time (`together`) are read where they are, others copied.
+    """
+    if masses is None or masses.is_contiguous():
+        return masses, 0
+    if together and masses.dim() == 2 and masses.stride(1) == 1 and masses.stride(0) > 0:
+        return masses, masses.stride(0)
+    return masses.contiguous(), 0
+
+
 def _fwd_fake(
     cost: Tensor, a: Tensor | None, b: Tensor | None, initial_f: Tensor | None, initial_g: Tensor | None,
     epsilon: float, num_iters: int, tol: float, relaxation: float, penalty_a: float, penalty_b: float,
@@ -110,12 +122,13 @@ def _fwd_cpu(
         cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
         penalty_a, penalty_b = penalty_b, penalty_a
     if marginal_error.numel():
-        operands = tuple(contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g))
+        (a, a_stride), (b, b_stride) = _in_rows(a, together), _in_rows(b, together)
+        operands = (contiguous(cost), a, b, contiguous(initial_f), contiguous(initial_g))
         options = (epsilon, tol, relaxation, penalty_a, penalty_b)
         told = keep | (_TOGETHER if together else 0)
         problems, scratch = _with_workspace(_problems(operands, history, num_iters, told, options), _FORWARD)
         results = (transport_cost, regularized_cost, f, g, marginal_error, iterations)
-        native.sinkhorn_fwd(problems, tuple(address(tensor) for tensor in results))
+        native.sinkhorn_fwd(problems, tuple(address(tensor) for tensor in results), a_stride, b_stride)
     return outputs
 
 
@@ -159,13 +172,15 @@ def _bwd_cpu(
     )
     if _library.product(batch):
         history = history.contiguous()
-        operands = tuple(contiguous(tensor) for tensor in (cost, a, b, initial_f, initial_g))
+        (a, a_stride), (b, b_stride) = _in_rows(a, together), _in_rows(b, together)
+        operands = (contiguous(cost), a, b, contiguous(initial_f), contiguous(initial_g))
         incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
         options = (epsilon, 0.0, 1.0, penalty_a, penalty_b)
         mode = GRADIENTS[gradient]
         told = keep | (_TOGETHER if together else 0)
         problems, scratch = _with_workspace(_problems(operands, history, num_iters, told, options), mode)
-        native.sinkhorn_bwd(problems, mode, tuple(address(tensor) for tensor in (*incoming, *grads)))
+        addresses = tuple(address(tensor) for tensor in (*incoming, *grads))
+        native.sinkhorn_bwd(problems, mode, addresses, a_stride, b_stride)
     if update_a_first:
         return grads
     grad_cost, grad_b, grad_a = grads

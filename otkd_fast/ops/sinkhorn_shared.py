@@ -53,14 +53,15 @@ def _fwd_fake(
     update_a_first: bool, keep: int, guard_a: float = 0.0, guard_b: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, (n, m) = _batch(a, b), cost.shape
-    transport_cost, regularized_cost, marginal_error = (cost.new_empty(batch) for _ in range(3))
-    count = cost.new_empty(batch, dtype=torch.int64)
+    empty = cost.new_empty
+    transport_cost, regularized_cost, marginal_error = empty(batch), empty(batch), empty(batch)
+    count = empty(batch, dtype=torch.int64)
     size = 0
     if keep:
         together, apart = _history_parts(cost, batch, num_iters, keep)
         size = 2 * batch + together + batch * apart
-    history = cost.new_empty(size, dtype=torch.float64)
-    f, g = cost.new_empty(batch, n), cost.new_empty(batch, m)
+    history = empty(size, dtype=torch.float64)
+    f, g = empty(batch, n), empty(batch, m)
     return transport_cost, regularized_cost, f, g, marginal_error, count, history
 
 
@@ -114,9 +115,13 @@ class _History:
         call.blocks, call.apart, call.apart_stride = self.together, self.apart, self.apart_stride
 
 
-def _turned(cost: Tensor) -> bool:
-    """Whether the kernel can read a cost transposed as it is."""
-    return cost.mT.is_contiguous()
+def _readable(cost: Tensor, rows_first: bool) -> tuple[Tensor, bool]:
+    """The cost in memory as the kernel can read it, and whether it finds it transposed; its rows are updated first."""
+    if cost.is_contiguous():
+        return cost, not rows_first
+    if cost.mT.is_contiguous():
+        return cost, rows_first
+    return cost.contiguous(), not rows_first
 
 
 def _check_guards(guard_a: float, guard_b: float, plain: bool) -> bool:
@@ -127,18 +132,18 @@ def _check_guards(guard_a: float, guard_b: float, plain: bool) -> bool:
     return guarded
 
 
-def _call(cost, a, b, initial_f, initial_g, epsilon, num_iters, keep, penalty_a, penalty_b, guard_a, guard_b):
-    """A native call with what forward and backward have in common; `cost` is contiguous, or its transpose is."""
-    call = native.SinkhornSharedCall()
-    call.dtype, call.threads = _library.dtype_code(cost), torch.get_num_threads()
-    call.batch, (call.n, call.m) = _batch(a, b), cost.shape
-    call.cost, call.a, call.b = address(cost), address(a), address(b)
-    call.cost_transposed = not cost.is_contiguous()
-    call.initial_f, call.initial_g = address(initial_f), address(initial_g)
-    call.epsilon, call.num_iters, call.keep = epsilon, num_iters, keep
-    call.penalty_a, call.penalty_b = penalty_a, penalty_b
-    call.guard_a, call.guard_b = guard_a, guard_b
-    return call
+def _call(cost, turned, rows_first, a, b, initial_f, initial_g, epsilon, num_iters, keep, penalty_a, penalty_b,
+          guard_a, guard_b):  # fmt: skip
+    """A native call with what forward and backward have in common; what :func:`_readable` gave, all else contiguous.
+
+    a, initial_f, penalty_a, guard_a are those of the rows, which are updated first.
+    """
+    n, m = cost.shape if rows_first else cost.shape[::-1]
+    return native.SinkhornSharedCall(
+        _library.dtype_code(cost), torch.get_num_threads(), keep, _batch(a, b), n, m, num_iters, turned, epsilon,
+        penalty_a, penalty_b, guard_a, guard_b, cost.data_ptr(), address(a), address(b), address(initial_f),
+        address(initial_g),
+    )  # fmt: skip
 
 
 def _fwd_cpu(
@@ -171,28 +176,29 @@ def _solve(
     """Solves what scalings can; the indices of the problems that are left, None where there are none."""
     transport_cost, regularized_cost, f, g, marginal_error, count, _ = outputs
     if not update_a_first:
-        cost, a, b, initial_f, initial_g, f, g = cost.mT, b, a, initial_g, initial_f, g, f
+        a, b, initial_f, initial_g, f, g = b, a, initial_g, initial_f, g, f
         penalty_a, penalty_b, guard_a, guard_b = penalty_b, penalty_a, guard_b, guard_a
-    cost = cost if _turned(cost) else cost.contiguous()
+    cost, turned = _readable(cost, update_a_first)
     operands = [contiguous(tensor) for tensor in (a, b, initial_f, initial_g)]
-    call = _call(cost, *operands, epsilon, num_iters, keep, penalty_a, penalty_b, guard_a, guard_b)
-    call.tol, call.relaxation = tol, relaxation
-    call.transport_cost, call.regularized_cost = address(transport_cost), address(regularized_cost)
-    call.marginal_error, call.iterations = address(marginal_error), address(count)
-    call.f, call.g = address(f), address(g)
+    common = (epsilon, num_iters, keep, penalty_a, penalty_b, guard_a, guard_b)
+    call = _call(cost, turned, update_a_first, *operands, *common)
+    call.set_outputs(
+        tol, relaxation, transport_cost.data_ptr(), regularized_cost.data_ptr(), f.data_ptr(), g.data_ptr(),
+        marginal_error.data_ptr(), count.data_ptr(),
+    )  # fmt: skip
     if keep:
         parts.place(call)
     problems, call.count = None, call.batch
     for method in (FLOAT, DOUBLE)[cost.dtype is torch.float64 :]:
         call.method, call.problems = method, address(problems)
-        left = torch.empty(call.count, dtype=torch.int64)
-        call.left = address(left)
-        scratch = _library.workspace(call.workspace_bytes(False))
-        call.workspace = address(scratch)
+        size = call.workspace_bytes(False)
+        size = (size + 7) // 8 * 8  # behind it the problems that are left
+        scratch = _library.workspace(size + 8 * call.count)
+        call.workspace, call.left = scratch.data_ptr(), scratch.data_ptr() + size
         call.count = call.forward()
         if call.count == 0:
             return None
-        problems = left[: call.count]
+        problems = scratch[size : size + 8 * call.count].view(torch.int64).clone()
     return problems
 
 
@@ -260,14 +266,19 @@ def _differentiate(
     """The problems that were solved by this method on scalings."""
     grad_cost, grad_a, grad_b = grads
     if not update_a_first:
-        cost, a, b, initial_f, initial_g, grad_f, grad_g = cost.mT, b, a, initial_g, initial_f, grad_g, grad_f
+        a, b, initial_f, initial_g, grad_f, grad_g = b, a, initial_g, initial_f, grad_g, grad_f
         penalty_a, penalty_b, guard_a, guard_b = penalty_b, penalty_a, guard_b, guard_a
         grad_a, grad_b = grad_b, grad_a
-        grad_cost = torch.zeros_like(cost, memory_format=torch.contiguous_format) if need_cost else grad_cost
-    cost = cost if _turned(cost) and not need_cost else cost.contiguous()
+        grad_cost = torch.zeros_like(cost.mT, memory_format=torch.contiguous_format) if need_cost else grad_cost
+    if need_cost:  # its gradient is made in the order of the kernel's rows
+        rows_cost = (cost if update_a_first else cost.mT).contiguous()
+        cost, turned = (rows_cost if update_a_first else rows_cost.mT), False
+    else:
+        cost, turned = _readable(cost, update_a_first)
     operands = [contiguous(tensor) for tensor in (a, b, initial_f, initial_g)]
     incoming = [contiguous(grad) for grad in (grad_transport_cost, grad_regularized_cost, grad_f, grad_g)]
-    call = _call(cost, *operands, epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b, guard_a, guard_b)
+    common = (epsilon, num_iters, sinkhorn.KEEP[gradient], penalty_a, penalty_b, guard_a, guard_b)
+    call = _call(cost, turned, update_a_first, *operands, *common)
     call.method, call.gradient, call.count = method, sinkhorn.GRADIENTS[gradient], call.batch
     if method == DOUBLE and cost.dtype is not torch.float64:
         problems = (parts.method_of() == method).nonzero().squeeze(1)

@@ -21,7 +21,7 @@ ALWAYS = ("threads", "dispatch")
 FAMILIES = {
     "costs": (("cost_matrix", "moments"), ()),
     "sinkhorn": (("sinkhorn", "sinkhorn_ragged"), ()),
-    "ragged": (("cost_matrix", "sinkhorn", "sinkhorn_ragged"), ("masses", "ragged", "sinkd")),
+    "ragged": (("cost_matrix", "masses", "sinkhorn", "sinkhorn_ragged"), ("ragged", "sinkd")),
     "points": (("sinkhorn_points",), ()),
     "shared": (("sinkhorn_shared",), ()),
     "matrices": (("polar", "gaussian", "sqrtm"), ()),

@@ -106,3 +106,33 @@ def test_diagonal_and_tridiagonal_matrices(backend, generator):
     wilkinson = (wilkinson + torch.diag(torch.ones(30), -1)).expand(18, 31, 31)
     S = otkd_fast.sqrtm(wilkinson, algorithm="tridiagonal", backend=backend)
     assert_norm_close(S, root(wilkinson), root_tolerance(torch.float32, 1e2))
+
+
+@compiled
+def test_large_power_law_in_float64(backend, generator):
+    """Its small eigenvalues ask most of the reduction: eight in one call, one in each lane."""
+    A = covariance("power law", 257, generator=generator, batch=(8,))
+    S = otkd_fast.sqrtm(A, algorithm="tridiagonal", backend=backend)
+    for own, expected in zip(S, root(A), strict=True):
+        assert_norm_close(own, expected, root_tolerance(torch.float64, condition("power law", 257)))
+
+
+@pytest.mark.parametrize(
+    "backend, algorithm",
+    [
+        ("reference", "eigh"),
+        ("reference", "polar"),
+        *((b, "tridiagonal") for b in backends("sqrtm", compiled_only=True)),
+    ],
+)
+@pytest.mark.parametrize("d, rank", [(3, 2), (8, 7), (32, 31), (64, 40)])
+def test_null_directions_of_exactly_singular_matrices(backend, algorithm, d, rank, generator):
+    """Products of integers have no rounding; what the eigenvalues are rounded by must not pass for a direction."""
+    F = torch.randint(-5, 6, (60, d, rank), generator=generator).double()
+    U, s, _ = torch.linalg.svd(F, full_matrices=False)
+    chosen_ones = s[:, -1] > 1e-3 * s[:, 0]
+    inverse = otkd_fast.sqrtm(F @ F.mT, inverse=True, algorithm=algorithm, backend=backend)
+    expected = (U / s.unsqueeze(-2)) @ U.mT
+    assert chosen_ones.sum() > 40
+    error = (inverse - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))
+    assert error[chosen_ones].max() < 1e-7

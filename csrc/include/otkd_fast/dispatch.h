@@ -6,6 +6,7 @@
 
 #include "otkd_fast/cost_matrix.h"
 #include "otkd_fast/gaussian.h"
+#include "otkd_fast/masses.h"
 #include "otkd_fast/moments.h"
 #include "otkd_fast/polar.h"
 #include "otkd_fast/sinkhorn.h"
@@ -44,6 +45,7 @@ struct KernelsOf {
     void (*plan_apply)(const PlanApplyArgs<T>&);
     void (*plan_apply_bwd)(const PlanApplyArgs<T>&);
     int64_t (*plan_apply_workspace_bytes)(const PlanApplyArgs<T>&, bool backward);
+    bool (*masses_right)(const Masses<T>& a, const Masses<T>& b, int64_t batch, double tolerance);
 };
 
 struct Kernels {

@@ -13,7 +13,13 @@ struct Masses {
 
 // Whether all masses are >= 0, all totals positive and finite, and those of a and b equal to within `tolerance`, relative; one
 // of the two may be null.
-template <class T>
-bool masses_right(const Masses<T>& a, const Masses<T>& b, int64_t batch, double tolerance);
+#define OTKD_FAST_DECLARE_MASSES(ISA)                                                                          \
+    namespace ISA {                                                                                            \
+    bool masses_right(const Masses<float>& a, const Masses<float>& b, int64_t batch, double tolerance);        \
+    bool masses_right(const Masses<double>& a, const Masses<double>& b, int64_t batch, double tolerance);      \
+    }
+OTKD_FAST_DECLARE_MASSES(baseline)
+OTKD_FAST_DECLARE_MASSES(avx2)
+OTKD_FAST_DECLARE_MASSES(avx512)
 
 }  // namespace otkd_fast

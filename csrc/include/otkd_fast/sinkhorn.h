@@ -41,6 +41,8 @@ struct SinkhornArgs {
     Gradient gradient;
     const T *grad_transport_cost, *grad_regularized_cost, *grad_f, *grad_g;
     T *grad_cost, *grad_a, *grad_b;
+    // where `together`: elements from the masses of one problem to those of the next; 0: n, m
+    int64_t a_stride, b_stride;
 };
 
 // History of one problem, in doubles: how it was solved (Method), the iterations that ran, then slots of n row and m column
