@@ -1,0 +1,78 @@
+// Sinkhorn beyond the tiles of sinkhorn.cu, n and m up to 1024: a cluster of 2 to 16 blocks a problem, one launch for all iterations and outputs
+// (reference/sinkhorn.py), float and double; rows are updated first. What it computes: sinkhorn_cluster_fwd.h.
+//
+// Each block has n / size rows of the absorbed kernel in its shared memory; half of an iteration stays in the block, the other exchanges one
+// partial sum a column and block through distributed shared memory. 2 n m multiply-adds an iteration, the cost is read once.
+// Architectures 90 and later; whether the device runs such a cluster is asked of it. Body and launch are there for all: the kernels
+// of earlier architectures are empty, and never launched.
+#include "otkd_fast/cuda.h"
+
+#include "sinkhorn_cluster_fwd.h"
+
+namespace otkd_fast {
+namespace cuda {
+namespace {
+
+constexpr int64_t kLargest = 1024, kFewestRows = 16;
+
+template <class T>
+OTKD_KERNEL(kClusterThreads, 1) solve_cluster(OTKD_CONSTANT Batch<T> batch, OTKD_CONSTANT Slices cut) {
+#if OTKD_CLUSTERS
+    const Problem<T> p(batch, block_id() / cut.size);
+    ClusterForward<T>(p, cut).solve();
+#endif
+}
+
+// As many threads as columns, or a half, if those are too many.
+inline int cluster_threads(int64_t m) {
+    const int64_t columns = ceil_div(m, ceil_div(m, kClusterThreads));
+    return static_cast<int>(larger<int64_t>(round_up(columns, 32), 128));
+}
+
+template <class T>
+Slices cut_in(int size, int64_t n, int64_t m, int64_t shared_limit) {
+    Slices cut{size, static_cast<int>(ceil_div(n, size)), static_cast<int>(ceil_div(m, size)), 0};
+    const int64_t left = shared_limit - Cluster<T>::bytes(cut, m, cluster_threads(m));
+    const int64_t fit = left > 0 ? left / (m * int64_t{sizeof(T)}) : 0;
+    cut.held = static_cast<int>(fit >= cut.rows ? cut.rows : fit / kTileRows * kTileRows);
+    return cut;
+}
+
+// The smallest cluster that holds a problem; a larger one, as long as the device is not full; else the largest one, if it holds three
+// quarters. Size 0: none serves.
+template <class T, class... P>
+Slices choose_cut(void (*kernel)(P...), const SinkhornArgs<T>& args, const Target& target) {
+    Slices best{};
+    if (args.n > kLargest || args.m > kLargest) return best;
+    const int64_t limit = shared_memory_limit(target), processors = processor_count(target);
+    const int threads = cluster_threads(args.m);
+    for (int size = 2; size <= kMostBlocks && size <= args.n; size *= 2) {
+        const Slices cut = cut_in<T>(size, args.n, args.m, limit);
+        if (4 * cut.held < 3 * cut.rows) continue;
+        const bool more = args.batch * size <= processors && args.n >= size * kFewestRows;
+        if (best.size > 0 && best.held == best.rows && !more) break;
+        if (!admits(kernel, Grid(args.batch * size, size), threads, Cluster<T>::bytes(cut, args.m, threads), target)) break;
+        best = cut;
+    }
+    return best;
+}
+
+}  // namespace
+
+template <class T>
+bool sinkhorn_cluster_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target) {
+    const Slices cut = choose_cut(solve_cluster<T>, args, target);
+    if (cut.size == 0) return false;
+    const int threads = cluster_threads(args.m);
+    launch("solve_cluster", solve_cluster<T>, Grid(args.batch * cut.size, cut.size), threads,
+           Cluster<T>::bytes(cut, args.m, threads), target, make_batch(args, shared_cost, false), cut);
+    return true;
+}
+
+#define OTKD_INSTANTIATE(T) template bool sinkhorn_cluster_fwd(const SinkhornArgs<T>&, bool, const Target&);
+OTKD_INSTANTIATE(float)
+OTKD_INSTANTIATE(double)
+#undef OTKD_INSTANTIATE
+
+}  // namespace cuda
+}  // namespace otkd_fast

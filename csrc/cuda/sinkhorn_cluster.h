@@ -1,0 +1,146 @@
+// A problem sliced over the blocks of a cluster: what the forward and the backward have in common.
+//
+// Block q has the rows q R .. (q + 1) R - 1, and is the owner of the columns q S .. (q + 1) S - 1. Of its rows it keeps the absorbed kernel
+//   K_ij = exp(alpha_i + beta_j - X_ij),   exponents formed in double, type T
+// `held` of them in shared memory; where they do not fit, the others are formed again from the cost at each use, with the same bits.
+// Sums over columns stay in a block: 4 rows a warp, lanes along the columns. Sums over rows are one partial sum a column and block; the
+// owner reads those of all blocks, in the order of their ranks, and hands its result to all. Two barriers of the cluster for each.
+#pragma once
+#include "sinkhorn_log.h"
+#include "sinkhorn_tile.h"
+
+namespace otkd_fast {
+namespace cuda {
+namespace {
+
+constexpr int kClusterThreads = 512, kMostBlocks = 16, kTileRows = 4;
+
+// How a problem is cut: rows and columns of a block, and rows that its shared memory holds, all or a multiple of kTileRows.
+struct Slices {
+    int size, rows, columns, held;
+};
+
+template <class T>
+class Cluster {
+  public:
+    const Problem<T>& p;
+    const Slices& cut;
+    const int rank, m;
+    const int rows;       // of this block
+    const int first_row;
+    const int owned;      // columns of this block
+    const int first_column;
+    double *scratch, *alpha, *beta;  // (2 threads,), (R,), (m,)
+    T *v, *partial, *u, *kernel;     // (m,) of all columns; (m,) sums of this block's rows; (R,); (held, m)
+    int* flags;                      // (kMostBlocks,) one of each block, then one of this block
+
+    OTKD_DEVICE Cluster(const Problem<T>& problem, const Slices& slices)
+        : p(problem), cut(slices), rank(cluster_rank()), m(static_cast<int>(problem.m)),
+          rows(share(static_cast<int>(problem.n), slices.rows)), first_row(rank * slices.rows),
+          owned(share(static_cast<int>(problem.m), slices.columns)), first_column(rank * slices.columns) {
+        scratch = reinterpret_cast<double*>(shared_memory());
+        alpha = scratch + 2 * block_threads();
+        beta = alpha + cut.rows;
+        v = reinterpret_cast<T*>(beta + m);
+        partial = v + m;
+        u = partial + m;
+        flags = reinterpret_cast<int*>(u + cut.rows);
+        kernel = reinterpret_cast<T*>(flags + kFlags);
+    }
+    static int64_t bytes(const Slices& cut, int64_t m, int threads) {
+        const int64_t doubles = 2 * threads + cut.rows + m, vectors = 2 * m + cut.rows + cut.held * m;
+        return doubles * int64_t{sizeof(double)} + vectors * int64_t{sizeof(T)} + kFlags * int64_t{sizeof(int)};
+    }
+
+    OTKD_DEVICE double exponent(int r, int j) const { return p.exponent(first_row + r, j); }
+    OTKD_DEVICE T formed(int r, int j) const { return exp_of(static_cast<T>(alpha[r] + beta[j] - exponent(r, j))); }
+
+    // The kernel anew from alpha and beta. Between barriers of the block.
+    OTKD_DEVICE void fill() const {
+        OTKD_ROLLED
+        for (int r = 0; r < smaller(rows, cut.held); ++r) {
+            OTKD_ROLLED
+            for (int j = thread_id(); j < m; j += block_threads()) kernel[r * m + j] = formed(r, j);
+        }
+    }
+
+    // For each 4 rows of the block by a warp: `kSums` sums over the columns of what visit(r, j, entry, terms) says, then finish(r, sums) with
+    // all lanes, of which 8 have the same row; r >= rows: none.
+    template <int kSums, class Visit, class Finish>
+    OTKD_DEVICE void for_rows(Visit visit, Finish finish) const {
+        OTKD_ROLLED
+        for (int r0 = kTileRows * warp_id(); r0 < rows; r0 += kTileRows * block_warps()) {
+            T x[kSums][kTileRows] = {}, sums[kSums];
+            if (r0 < cut.held) {
+                along_rows<kSums>(r0, x, visit, [&](int r, int j) { return kernel[r * m + j]; });
+            } else {
+                along_rows<kSums>(r0, x, visit, [&](int r, int j) { return formed(r, j); });
+            }
+            OTKD_UNROLL
+            for (int s = 0; s < kSums; ++s) sums[s] = exchange_sums(x[s]);
+            finish(r0 + own_row(), sums);
+        }
+    }
+    OTKD_DEVICE static int own_row() { return lane_id() / (32 / kTileRows); }
+    OTKD_DEVICE static bool counts() { return lane_id() % (32 / kTileRows) == 0; }  // one lane a row
+
+    // Sums over the block's rows of weight(r, j, entry) into `partial`, a thread a column.
+    template <class Weight>
+    OTKD_DEVICE void column_partials(Weight weight) const {
+        OTKD_ROLLED
+        for (int j = thread_id(); j < m; j += block_threads()) {
+            T sum = 0;
+            const int there = smaller(rows, cut.held);
+            OTKD_UNROLL_4
+            for (int r = 0; r < there; ++r) sum += weight(r, j, kernel[r * m + j]);
+            OTKD_ROLLED
+            for (int r = there; r < rows; ++r) sum += weight(r, j, formed(r, j));
+            partial[j] = sum;
+        }
+    }
+    // Column j's sum over all rows; between two barriers of the cluster.
+    OTKD_DEVICE T column_total(int j) const {
+        T total = in_block(partial, 0)[j];
+        OTKD_ROLLED
+        for (int q = 1; q < cut.size; ++q) total += in_block(partial, q)[j];
+        return total;
+    }
+    OTKD_DEVICE void hand_out(int j, T value) const {
+        OTKD_ROLLED
+        for (int q = 0; q < cut.size; ++q) in_block(v, q)[j] = value;
+    }
+    // This block's flag to all others, to be read after the next barrier of the cluster. A barrier of the block.
+    OTKD_DEVICE void hand_out_flag(bool mine) const {
+        const bool any = barrier_any(mine);
+        if (thread_id() < cut.size) in_block(flags, thread_id())[rank] = any;
+    }
+    OTKD_DEVICE bool any_flag() const {
+        bool any = false;
+        OTKD_ROLLED
+        for (int q = 0; q < cut.size; ++q) any |= flags[q] != 0;
+        return any;
+    }
+
+  private:
+    template <int kSums, class Visit, class Entry>
+    OTKD_DEVICE void along_rows(int r0, T (&x)[kSums][kTileRows], Visit visit, Entry entry) const {
+        OTKD_ROLLED
+        for (int j = lane_id(); j < m; j += 32) {
+            OTKD_UNROLL
+            for (int q = 0; q < kTileRows; ++q) {
+                const int r = smaller(r0 + q, rows - 1);
+                T terms[kSums];
+                visit(r, j, entry(r, j), terms);
+                OTKD_UNROLL
+                for (int s = 0; s < kSums; ++s) x[s][q] += terms[s];
+            }
+        }
+    }
+
+    static constexpr int kFlags = kMostBlocks + 2;  // an even number: doubles may follow
+    OTKD_DEVICE int share(int count, int each) const { return larger(smaller(count - rank * each, each), 0); }
+};
+
+}  // namespace
+}  // namespace cuda
+}  // namespace otkd_fast

@@ -1,0 +1,197 @@
+// Sinkhorn by a cluster, forward: on scalings of the absorbed kernel, u_i = exp(phi_i - alpha_i) and v_j = exp(gamma_j - beta_j).
+//
+//   lse_i = log((K v)_i) - alpha_i,   phi_i = log a_i - lambda_a lse_i;   lse_j = log((K^T u)_j) - beta_j,   gamma_j = ...
+//
+// alpha_i is the smallest X_ij - beta_j and beta the potentials to start from; when a scaling has moved beyond kDrift, alpha and beta become
+// the potentials, and the kernel is formed anew. A sum that leaves the safe range says nothing of its logarithm: a warp makes that one anew
+// in the log domain, from the cost and the potentials in memory. So every range of exponents, penalty and relaxation is served.
+// What decides on the way (tol, relaxation, outputs, history) is that of sinkhorn_log.h, by the first block.
+#pragma once
+#include "sinkhorn_cluster.h"
+
+namespace otkd_fast {
+namespace cuda {
+namespace {
+
+// Entries below the smallest number that are lost, times scalings up to kDrift and their number, do not count beside kLow.
+template <class T>
+struct Absorbed;
+template <>
+struct Absorbed<float> {
+    static constexpr double kLow = 1e-20, kHigh = 1e20, kDrift = 1e8;
+};
+template <>
+struct Absorbed<double> {
+    static constexpr double kLow = 1e-200, kHigh = 1e200, kDrift = 1e60;
+};
+
+template <class T>
+class ClusterForward {
+    const Problem<T>& p;
+    const Cluster<T> c;
+    const bool plain;
+    bool drifted = false, distrust = false;  // of this thread, in this iteration
+
+  public:
+    OTKD_DEVICE ClusterForward(const Problem<T>& problem, const Slices& cut) : p(problem), c(problem, cut), plain(problem.plain()) {}
+
+    OTKD_DEVICE void solve() {
+        if (c.rank == 0) log_start(p);
+        cluster_barrier();  // all have begun
+        absorb_start();
+        for (int64_t k = 0; k < p.args.num_iters; ++k) {
+            rows(k);
+            columns(k);
+            if (c.any_flag()) absorb_potentials();
+            const bool watched = p.args.tol > 0 || (p.args.relaxation == 0 && auto_due(k + 1));
+            if (!watched && k + 1 < p.args.num_iters) continue;
+            plan_rows();
+            cluster_barrier();
+            if (!watched) break;
+            if (c.rank == 0) log_control(p, k, c.scratch);
+            cluster_barrier();
+            if (!p.state()->running) break;
+        }
+        if (c.rank == 0) log_finish(p, c.scratch);
+    }
+
+  private:
+    OTKD_DEVICE static bool within(T x, double low, double high) { return x >= static_cast<T>(low) && x <= static_cast<T>(high); }
+    OTKD_DEVICE static bool is_safe(T sum) { return within(sum, Absorbed<T>::kLow, Absorbed<T>::kHigh); }
+    // What came of nothing, and stays so: a side without mass or without a finite cost.
+    OTKD_DEVICE static bool is_dead(double absorbed, T sum) { return absorbed == -kInfinity && sum == T(0); }
+
+    // exp(potential - absorbed); `own` and `sum` are those of a plain update, or 0.
+    OTKD_DEVICE T scaling(double potential, double absorbed, double own, T sum) {
+        if (potential == -kInfinity) return T(0);
+        const T result = plain && sum > T(0) ? static_cast<T>(own) / sum : static_cast<T>(exp(potential - absorbed));
+        drifted |= !within(result, 1 / Absorbed<T>::kDrift, Absorbed<T>::kDrift);
+        distrust |= !is_safe(result);
+        return result;
+    }
+
+    OTKD_DEVICE void absorb_start() {
+        OTKD_ROLLED
+        for (int j = thread_id(); j < c.m; j += block_threads()) {
+            c.beta[j] = p.gamma()[j];
+            c.v[j] = c.beta[j] > -kInfinity ? T(1) : T(0);
+        }
+        barrier();
+        OTKD_ROLLED
+        for (int r = warp_id(); r < c.rows; r += block_warps()) {
+            double top = -kInfinity;
+            OTKD_ROLLED
+            for (int j = lane_id(); j < c.m; j += 32) top = larger(top, c.beta[j] - c.exponent(r, j));
+            top = warp_max(top);
+            if (lane_id() == 0) c.alpha[r] = top > -kInfinity ? -top : -kInfinity;
+        }
+        barrier();
+        c.fill();
+        barrier();
+    }
+    OTKD_DEVICE void absorb_potentials() {
+        OTKD_ROLLED
+        for (int j = thread_id(); j < c.m; j += block_threads()) {
+            c.beta[j] = p.gamma()[j];
+            c.v[j] = c.beta[j] == -kInfinity ? T(0) : T(1);
+        }
+        OTKD_ROLLED
+        for (int r = thread_id(); r < c.rows; r += block_threads()) {
+            c.alpha[r] = p.phi()[c.first_row + r];
+            c.u[r] = c.alpha[r] == -kInfinity ? T(0) : T(1);
+        }
+        barrier();
+        c.fill();
+        barrier();
+    }
+
+    OTKD_DEVICE void rows(int64_t k) {
+        drifted = distrust = false;
+        c.template for_rows<1>([&](int, int j, T entry, T(&terms)[1]) { terms[0] = entry * c.v[j]; },
+                               [&](int r, const T(&sums)[1]) { finish_row(k, r, sums[0]); });
+        const bool any = barrier_any(distrust);
+        if (thread_id() == 0) c.flags[kMostBlocks] = any;
+    }
+    OTKD_DEVICE void finish_row(int64_t k, int r, T sum) {
+        const bool there = r < c.rows;
+        const int64_t i = c.first_row + (there ? r : 0);
+        const double own = p.mass_a(i), absorbed = there ? c.alpha[r] : 0.0;
+        const bool dead = is_dead(absorbed, sum);
+        const bool bad = there && own > 0 && !dead && !is_safe(sum);
+        double lse = dead ? -kInfinity : log(static_cast<double>(sum)) - absorbed;
+        if (warp_max(bad ? 1 : 0)) {
+            OTKD_ROLLED
+            for (int q = 0; q < kTileRows; ++q) {
+                if (!shuffle(bad ? 1 : 0, q * (32 / kTileRows))) continue;
+                const double exact = row_log_sum<double>(p, shuffle(i, q * (32 / kTileRows)));
+                if (c.own_row() == q) lse = exact;
+            }
+        }
+        if (!there || !c.counts()) return;
+        update_row(p, i, lse, k);
+        drifted |= bad;
+        c.u[r] = scaling(p.phi()[i], absorbed, own, bad ? T(0) : sum);
+    }
+
+    OTKD_DEVICE void columns(int64_t k) {
+        c.column_partials([&](int r, int, T entry) { return entry * c.u[r]; });
+        cluster_barrier();
+        bool none_safe = false;
+        OTKD_ROLLED
+        for (int q = 0; q < c.cut.size; ++q) none_safe |= *in_block(c.flags + kMostBlocks, q) != 0;
+        OTKD_ROLLED
+        for (int e = 32 * warp_id(); e < c.owned; e += block_threads()) finish_columns(k, e + lane_id(), none_safe);
+        c.hand_out_flag(drifted);
+        cluster_barrier();
+    }
+    // A warp has 32 columns.
+    OTKD_DEVICE void finish_columns(int64_t k, int e, bool none_safe) {
+        const bool there = e < c.owned;
+        const int j = c.first_column + (there ? e : 0);
+        const T total = there ? c.column_total(j) : T(0);
+        const double own = p.mass_b(j), absorbed = c.beta[j];
+        const bool dead = is_dead(absorbed, total);
+        const bool bad = there && own > 0 && !dead && (none_safe || !is_safe(total));
+        double lse = dead ? -kInfinity : log(static_cast<double>(total)) - absorbed;
+        if (warp_max(bad ? 1 : 0)) {
+            OTKD_ROLLED
+            for (int l = 0; l < 32; ++l) {
+                if (!shuffle(bad ? 1 : 0, l)) continue;
+                const double exact = column_log_sum(shuffle(j, l));
+                if (lane_id() == l) lse = exact;
+            }
+        }
+        if (!there) return;
+        update_column(p, j, lse, k);
+        drifted |= bad;
+        c.hand_out(j, scaling(p.gamma()[j], absorbed, own, bad ? T(0) : total));
+    }
+    // LSE_i(phi_i - X_ij) by a warp. For few columns: it reads the cost along them.
+    OTKD_DEVICE double column_log_sum(int64_t j) const {
+        RunningSum<double> sum;
+        OTKD_ROLLED
+        for (int64_t i = lane_id(); i < p.n; i += 32) sum.add(p.phi()[i] - p.exponent(i, j));
+        sum.over_warp();
+        return sum.log_sum();
+    }
+
+    // Row sums of the plan, and what the rows move.
+    OTKD_DEVICE void plan_rows() const {
+        c.template for_rows<2>(
+            [&](int r, int j, T entry, T(&terms)[2]) {
+                terms[0] = entry * c.v[j];
+                // 0 times +inf is 0, NaN stays
+                terms[1] = terms[0] != T(0) ? terms[0] * p.cost[static_cast<int64_t>(c.first_row + r) * c.m + j] : T(0);
+            },
+            [&](int r, const T(&sums)[2]) {
+                if (r >= c.rows || !c.counts()) return;
+                const double own = static_cast<double>(c.u[r]);
+                p.row_mass()[c.first_row + r] = own * sums[0];
+                p.row_moved()[c.first_row + r] = own * sums[1];
+            });
+    }
+};
+
+}  // namespace
+}  // namespace cuda
+}  // namespace otkd_fast
