@@ -19,7 +19,11 @@ template <class T>
 OTKD_KERNEL(kClusterThreads, 1) solve_cluster(OTKD_CONSTANT Batch<T> batch, OTKD_CONSTANT Slices cut) {
 #if OTKD_CLUSTERS
     const Problem<T> p(batch, block_id() / cut.size);
-    ClusterForward<T>(p, cut).solve();
+    decide_width(p, true);
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (!p.state()->wide) return ClusterForward<T, float>(p, cut).solve();
+    }
+    ClusterForward<T, double>(p, cut).solve();
 #endif
 }
 
@@ -29,13 +33,18 @@ inline int cluster_threads(int64_t m) {
     return static_cast<int>(larger<int64_t>(round_up(columns, 32), 128));
 }
 
+// The cut for clusters of `size` blocks, with as much of the shared memory as it can use.
 template <class T>
 Slices cut_in(int size, int64_t n, int64_t m, int64_t shared_limit) {
-    Slices cut{size, static_cast<int>(ceil_div(n, size)), static_cast<int>(ceil_div(m, size)), 0};
-    const int64_t left = shared_limit - Cluster<T>::bytes(cut, m, cluster_threads(m));
-    const int64_t fit = left > 0 ? left / (m * int64_t{sizeof(T)}) : 0;
-    cut.held = static_cast<int>(fit >= cut.rows ? cut.rows : fit / kTileRows * kTileRows);
+    const int rows = static_cast<int>(ceil_div(n, size)), columns = static_cast<int>(ceil_div(m, size));
+    Slices cut{size, rows, columns, 0};
+    const int64_t whole = Cluster<T, double>::vector_bytes(cut, static_cast<int>(m), cluster_threads(m)) + rows * m * int64_t{sizeof(double)};
+    cut.bytes = static_cast<int>(smaller(whole, shared_limit));
     return cut;
+}
+template <class T>
+int rows_held(const Slices& cut, int64_t m) {
+    return Cluster<T, T>::rows_held(cut, static_cast<int>(m), cluster_threads(m));
 }
 
 // The smallest cluster that holds a problem; a larger one, as long as the device is not full; else the largest one, if it holds three
@@ -45,14 +54,15 @@ Slices choose_cut(void (*kernel)(P...), const SinkhornArgs<T>& args, const Targe
     Slices best{};
     if (args.n > kLargest || args.m > kLargest) return best;
     const int64_t limit = shared_memory_limit(target), processors = processor_count(target);
-    const int threads = cluster_threads(args.m);
+    bool holds = false;
     for (int size = 2; size <= kMostBlocks && size <= args.n; size *= 2) {
+        if (holds && (args.batch * size > processors || args.n < size * kFewestRows)) break;
         const Slices cut = cut_in<T>(size, args.n, args.m, limit);
-        if (4 * cut.held < 3 * cut.rows) continue;
-        const bool more = args.batch * size <= processors && args.n >= size * kFewestRows;
-        if (best.size > 0 && best.held == best.rows && !more) break;
-        if (!admits(kernel, Grid(args.batch * size, size), threads, Cluster<T>::bytes(cut, args.m, threads), target)) break;
+        const int held = rows_held<T>(cut, args.m);
+        if (4 * held < 3 * cut.rows) continue;
+        if (!admits(kernel, Grid(args.batch * size, size), cluster_threads(args.m), cut.bytes, target)) break;
         best = cut;
+        holds = held == cut.rows;
     }
     return best;
 }
@@ -63,9 +73,8 @@ template <class T>
 bool sinkhorn_cluster_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target) {
     const Slices cut = choose_cut(solve_cluster<T>, args, target);
     if (cut.size == 0) return false;
-    const int threads = cluster_threads(args.m);
-    launch("solve_cluster", solve_cluster<T>, Grid(args.batch * cut.size, cut.size), threads,
-           Cluster<T>::bytes(cut, args.m, threads), target, make_batch(args, shared_cost, false), cut);
+    launch("solve_cluster", solve_cluster<T>, Grid(args.batch * cut.size, cut.size), cluster_threads(args.m), cut.bytes, target,
+           make_batch(args, shared_cost, false), cut);
     return true;
 }
 

@@ -1,8 +1,9 @@
 // A problem sliced over the blocks of a cluster: what the forward and the backward have in common.
 //
 // Block q has the rows q R .. (q + 1) R - 1, and is the owner of the columns q S .. (q + 1) S - 1. Of its rows it keeps the absorbed kernel
-//   K_ij = exp(alpha_i + beta_j - X_ij),   exponents formed in double, type T
-// `held` of them in shared memory; where they do not fit, the others are formed again from the cost at each use, with the same bits.
+//   K_ij = exp(alpha_i + beta_j - X_ij),   exponents formed in double
+// `held` of them in shared memory; where they do not fit, the others are formed again from the cost at each use, with the same bits. K, its
+// scalings and sums (type S) are in double, unless the input is float and the exponents of the problem span at most 60, as for scalings.
 // Sums over columns stay in a block: 4 rows a warp, lanes along the columns. Sums over rows are one partial sum a column and block; the
 // owner reads those of all blocks, in the order of their ranks, and hands its result to all. Two barriers of the cluster for each.
 #pragma once
@@ -15,12 +16,12 @@ namespace {
 
 constexpr int kClusterThreads = 512, kMostBlocks = 16, kTileRows = 4;
 
-// How a problem is cut: rows and columns of a block, and rows that its shared memory holds, all or a multiple of kTileRows.
+// How a problem is cut: rows and columns of a block, and its shared memory.
 struct Slices {
-    int size, rows, columns, held;
+    int size, rows, columns, bytes;
 };
 
-template <class T>
+template <class T, class S>
 class Cluster {
   public:
     const Problem<T>& p;
@@ -30,35 +31,43 @@ class Cluster {
     const int first_row;
     const int owned;      // columns of this block
     const int first_column;
+    const int held;       // of its rows, all or a multiple of kTileRows
     double *scratch, *alpha, *beta;  // (2 threads,), (R,), (m,)
-    T *v, *partial, *u, *kernel;     // (m,) of all columns; (m,) sums of this block's rows; (R,); (held, m)
+    S *v, *partial, *u, *kernel;     // (m,) of all columns; (m,) sums of this block's rows; (R,); (held, m)
     int* flags;                      // (kMostBlocks,) one of each block, then one of this block
 
     OTKD_DEVICE Cluster(const Problem<T>& problem, const Slices& slices)
         : p(problem), cut(slices), rank(cluster_rank()), m(static_cast<int>(problem.m)),
           rows(share(static_cast<int>(problem.n), slices.rows)), first_row(rank * slices.rows),
-          owned(share(static_cast<int>(problem.m), slices.columns)), first_column(rank * slices.columns) {
+          owned(share(static_cast<int>(problem.m), slices.columns)), first_column(rank * slices.columns),
+          held(rows_held(slices, m, block_threads())) {
         scratch = reinterpret_cast<double*>(shared_memory());
         alpha = scratch + 2 * block_threads();
         beta = alpha + cut.rows;
-        v = reinterpret_cast<T*>(beta + m);
+        v = reinterpret_cast<S*>(beta + m);
         partial = v + m;
         u = partial + m;
         flags = reinterpret_cast<int*>(u + cut.rows);
-        kernel = reinterpret_cast<T*>(flags + kFlags);
+        kernel = reinterpret_cast<S*>(flags + kFlags);
     }
-    static int64_t bytes(const Slices& cut, int64_t m, int threads) {
-        const int64_t doubles = 2 * threads + cut.rows + m, vectors = 2 * m + cut.rows + cut.held * m;
-        return doubles * int64_t{sizeof(double)} + vectors * int64_t{sizeof(T)} + kFlags * int64_t{sizeof(int)};
+    // Without rows of the kernel.
+    OTKD_BOTH static int vector_bytes(const Slices& cut, int m, int threads) {
+        const int doubles = 2 * threads + cut.rows + m, vectors = 2 * m + cut.rows;
+        return doubles * static_cast<int>(sizeof(double)) + vectors * static_cast<int>(sizeof(S)) +
+               kFlags * static_cast<int>(sizeof(int));
+    }
+    OTKD_BOTH static int rows_held(const Slices& cut, int m, int threads) {
+        const int fit = larger(cut.bytes - vector_bytes(cut, m, threads), 0) / (m * static_cast<int>(sizeof(S)));
+        return fit >= cut.rows ? cut.rows : fit / kTileRows * kTileRows;
     }
 
     OTKD_DEVICE double exponent(int r, int j) const { return p.exponent(first_row + r, j); }
-    OTKD_DEVICE T formed(int r, int j) const { return exp_of(static_cast<T>(alpha[r] + beta[j] - exponent(r, j))); }
+    OTKD_DEVICE S formed(int r, int j) const { return exp_of(static_cast<S>(alpha[r] + beta[j] - exponent(r, j))); }
 
     // The kernel anew from alpha and beta. Between barriers of the block.
     OTKD_DEVICE void fill() const {
         OTKD_ROLLED
-        for (int r = 0; r < smaller(rows, cut.held); ++r) {
+        for (int r = 0; r < smaller(rows, held); ++r) {
             OTKD_ROLLED
             for (int j = thread_id(); j < m; j += block_threads()) kernel[r * m + j] = formed(r, j);
         }
@@ -70,8 +79,8 @@ class Cluster {
     OTKD_DEVICE void for_rows(Visit visit, Finish finish) const {
         OTKD_ROLLED
         for (int r0 = kTileRows * warp_id(); r0 < rows; r0 += kTileRows * block_warps()) {
-            T x[kSums][kTileRows] = {}, sums[kSums];
-            if (r0 < cut.held) {
+            S x[kSums][kTileRows] = {}, sums[kSums];
+            if (r0 < held) {
                 along_rows<kSums>(r0, x, visit, [&](int r, int j) { return kernel[r * m + j]; });
             } else {
                 along_rows<kSums>(r0, x, visit, [&](int r, int j) { return formed(r, j); });
@@ -89,8 +98,8 @@ class Cluster {
     OTKD_DEVICE void column_partials(Weight weight) const {
         OTKD_ROLLED
         for (int j = thread_id(); j < m; j += block_threads()) {
-            T sum = 0;
-            const int there = smaller(rows, cut.held);
+            S sum = 0;
+            const int there = smaller(rows, held);
             OTKD_UNROLL_4
             for (int r = 0; r < there; ++r) sum += weight(r, j, kernel[r * m + j]);
             OTKD_ROLLED
@@ -99,13 +108,13 @@ class Cluster {
         }
     }
     // Column j's sum over all rows; between two barriers of the cluster.
-    OTKD_DEVICE T column_total(int j) const {
-        T total = in_block(partial, 0)[j];
+    OTKD_DEVICE S column_total(int j) const {
+        S total = in_block(partial, 0)[j];
         OTKD_ROLLED
         for (int q = 1; q < cut.size; ++q) total += in_block(partial, q)[j];
         return total;
     }
-    OTKD_DEVICE void hand_out(int j, T value) const {
+    OTKD_DEVICE void hand_out(int j, S value) const {
         OTKD_ROLLED
         for (int q = 0; q < cut.size; ++q) in_block(v, q)[j] = value;
     }
@@ -123,13 +132,13 @@ class Cluster {
 
   private:
     template <int kSums, class Visit, class Entry>
-    OTKD_DEVICE void along_rows(int r0, T (&x)[kSums][kTileRows], Visit visit, Entry entry) const {
+    OTKD_DEVICE void along_rows(int r0, S (&x)[kSums][kTileRows], Visit visit, Entry entry) const {
         OTKD_ROLLED
         for (int j = lane_id(); j < m; j += 32) {
             OTKD_UNROLL
             for (int q = 0; q < kTileRows; ++q) {
                 const int r = smaller(r0 + q, rows - 1);
-                T terms[kSums];
+                S terms[kSums];
                 visit(r, j, entry(r, j), terms);
                 OTKD_UNROLL
                 for (int s = 0; s < kSums; ++s) x[s][q] += terms[s];
@@ -140,6 +149,22 @@ class Cluster {
     static constexpr int kFlags = kMostBlocks + 2;  // an even number: doubles may follow
     OTKD_DEVICE int share(int count, int each) const { return larger(smaller(count - rank * each, each), 0); }
 };
+
+// What the sums of a problem are made in is decided, and the barrier after which all blocks have begun. Before any Cluster.
+template <class T>
+OTKD_DEVICE void decide_width(const Problem<T>& p, bool start) {
+    double* scratch = reinterpret_cast<double*>(shared_memory());
+    if (sizeof(T) == sizeof(float)) {
+        log_range_rows(p, Part{cluster_rank(), cluster_size()});
+        cluster_barrier();
+    }
+    if (cluster_rank() == 0) {
+        if (start) log_start(p);
+        barrier();
+        if (sizeof(T) == sizeof(float)) log_width(p, scratch);
+    }
+    cluster_barrier();
+}
 
 }  // namespace
 }  // namespace cuda

@@ -13,31 +13,31 @@ namespace otkd_fast {
 namespace cuda {
 namespace {
 
-// Entries below the smallest number that are lost, times scalings up to kDrift and their number, do not count beside kLow.
-template <class T>
+// Sums that are safe; and how far a scaling may go. In float no entry of a problem is below exp(-60), so that none is lost. In double those that
+// are, times scalings up to kDrift and their number, do not count beside kLow.
+template <class S>
 struct Absorbed;
 template <>
 struct Absorbed<float> {
-    static constexpr double kLow = 1e-20, kHigh = 1e20, kDrift = 1e8;
+    static constexpr double kLow = Limits<float>::kLow, kHigh = Limits<float>::kHigh, kDrift = Limits<float>::kHigh;
 };
 template <>
 struct Absorbed<double> {
-    static constexpr double kLow = 1e-200, kHigh = 1e200, kDrift = 1e60;
+    static constexpr double kLow = Limits<double>::kLow, kHigh = Limits<double>::kHigh, kDrift = 1e60;
 };
 
-template <class T>
+template <class T, class S>
 class ClusterForward {
     const Problem<T>& p;
-    const Cluster<T> c;
+    const Cluster<T, S> c;
     const bool plain;
     bool drifted = false, distrust = false;  // of this thread, in this iteration
 
   public:
     OTKD_DEVICE ClusterForward(const Problem<T>& problem, const Slices& cut) : p(problem), c(problem, cut), plain(problem.plain()) {}
 
+    // After decide_width.
     OTKD_DEVICE void solve() {
-        if (c.rank == 0) log_start(p);
-        cluster_barrier();  // all have begun
         absorb_start();
         for (int64_t k = 0; k < p.args.num_iters; ++k) {
             rows(k);
@@ -56,16 +56,16 @@ class ClusterForward {
     }
 
   private:
-    OTKD_DEVICE static bool within(T x, double low, double high) { return x >= static_cast<T>(low) && x <= static_cast<T>(high); }
-    OTKD_DEVICE static bool is_safe(T sum) { return within(sum, Absorbed<T>::kLow, Absorbed<T>::kHigh); }
+    OTKD_DEVICE static bool within(S x, double low, double high) { return x >= static_cast<S>(low) && x <= static_cast<S>(high); }
+    OTKD_DEVICE static bool is_safe(S sum) { return within(sum, Absorbed<S>::kLow, Absorbed<S>::kHigh); }
     // What came of nothing, and stays so: a side without mass or without a finite cost.
-    OTKD_DEVICE static bool is_dead(double absorbed, T sum) { return absorbed == -kInfinity && sum == T(0); }
+    OTKD_DEVICE static bool is_dead(double absorbed, S sum) { return absorbed == -kInfinity && sum == S(0); }
 
     // exp(potential - absorbed); `own` and `sum` are those of a plain update, or 0.
-    OTKD_DEVICE T scaling(double potential, double absorbed, double own, T sum) {
-        if (potential == -kInfinity) return T(0);
-        const T result = plain && sum > T(0) ? static_cast<T>(own) / sum : static_cast<T>(exp(potential - absorbed));
-        drifted |= !within(result, 1 / Absorbed<T>::kDrift, Absorbed<T>::kDrift);
+    OTKD_DEVICE S scaling(double potential, double absorbed, double own, S sum) {
+        if (potential == -kInfinity) return S(0);
+        const S result = plain && sum > S(0) ? static_cast<S>(own) / sum : static_cast<S>(exp(potential - absorbed));
+        drifted |= !within(result, 1 / Absorbed<S>::kDrift, Absorbed<S>::kDrift);
         distrust |= !is_safe(result);
         return result;
     }
@@ -74,7 +74,7 @@ class ClusterForward {
         OTKD_ROLLED
         for (int j = thread_id(); j < c.m; j += block_threads()) {
             c.beta[j] = p.gamma()[j];
-            c.v[j] = c.beta[j] > -kInfinity ? T(1) : T(0);
+            c.v[j] = c.beta[j] > -kInfinity ? S(1) : S(0);
         }
         barrier();
         OTKD_ROLLED
@@ -93,12 +93,12 @@ class ClusterForward {
         OTKD_ROLLED
         for (int j = thread_id(); j < c.m; j += block_threads()) {
             c.beta[j] = p.gamma()[j];
-            c.v[j] = c.beta[j] == -kInfinity ? T(0) : T(1);
+            c.v[j] = c.beta[j] == -kInfinity ? S(0) : S(1);
         }
         OTKD_ROLLED
         for (int r = thread_id(); r < c.rows; r += block_threads()) {
             c.alpha[r] = p.phi()[c.first_row + r];
-            c.u[r] = c.alpha[r] == -kInfinity ? T(0) : T(1);
+            c.u[r] = c.alpha[r] == -kInfinity ? S(0) : S(1);
         }
         barrier();
         c.fill();
@@ -107,12 +107,12 @@ class ClusterForward {
 
     OTKD_DEVICE void rows(int64_t k) {
         drifted = distrust = false;
-        c.template for_rows<1>([&](int, int j, T entry, T(&terms)[1]) { terms[0] = entry * c.v[j]; },
-                               [&](int r, const T(&sums)[1]) { finish_row(k, r, sums[0]); });
+        c.template for_rows<1>([&](int, int j, S entry, S(&terms)[1]) { terms[0] = entry * c.v[j]; },
+                               [&](int r, const S(&sums)[1]) { finish_row(k, r, sums[0]); });
         const bool any = barrier_any(distrust);
         if (thread_id() == 0) c.flags[kMostBlocks] = any;
     }
-    OTKD_DEVICE void finish_row(int64_t k, int r, T sum) {
+    OTKD_DEVICE void finish_row(int64_t k, int r, S sum) {
         const bool there = r < c.rows;
         const int64_t i = c.first_row + (there ? r : 0);
         const double own = p.mass_a(i), absorbed = there ? c.alpha[r] : 0.0;
@@ -130,11 +130,11 @@ class ClusterForward {
         if (!there || !c.counts()) return;
         update_row(p, i, lse, k);
         drifted |= bad;
-        c.u[r] = scaling(p.phi()[i], absorbed, own, bad ? T(0) : sum);
+        c.u[r] = scaling(p.phi()[i], absorbed, own, bad ? S(0) : sum);
     }
 
     OTKD_DEVICE void columns(int64_t k) {
-        c.column_partials([&](int r, int, T entry) { return entry * c.u[r]; });
+        c.column_partials([&](int r, int, S entry) { return entry * c.u[r]; });
         cluster_barrier();
         bool none_safe = false;
         OTKD_ROLLED
@@ -148,7 +148,7 @@ class ClusterForward {
     OTKD_DEVICE void finish_columns(int64_t k, int e, bool none_safe) {
         const bool there = e < c.owned;
         const int j = c.first_column + (there ? e : 0);
-        const T total = there ? c.column_total(j) : T(0);
+        const S total = there ? c.column_total(j) : S(0);
         const double own = p.mass_b(j), absorbed = c.beta[j];
         const bool dead = is_dead(absorbed, total);
         const bool bad = there && own > 0 && !dead && (none_safe || !is_safe(total));
@@ -164,7 +164,7 @@ class ClusterForward {
         if (!there) return;
         update_column(p, j, lse, k);
         drifted |= bad;
-        c.hand_out(j, scaling(p.gamma()[j], absorbed, own, bad ? T(0) : total));
+        c.hand_out(j, scaling(p.gamma()[j], absorbed, own, bad ? S(0) : total));
     }
     // LSE_i(phi_i - X_ij) by a warp. For few columns: it reads the cost along them.
     OTKD_DEVICE double column_log_sum(int64_t j) const {
@@ -178,12 +178,12 @@ class ClusterForward {
     // Row sums of the plan, and what the rows move.
     OTKD_DEVICE void plan_rows() const {
         c.template for_rows<2>(
-            [&](int r, int j, T entry, T(&terms)[2]) {
+            [&](int r, int j, S entry, S(&terms)[2]) {
                 terms[0] = entry * c.v[j];
                 // 0 times +inf is 0, NaN stays
-                terms[1] = terms[0] != T(0) ? terms[0] * p.cost[static_cast<int64_t>(c.first_row + r) * c.m + j] : T(0);
+                terms[1] = terms[0] != S(0) ? terms[0] * static_cast<S>(p.cost[static_cast<int64_t>(c.first_row + r) * c.m + j]) : S(0);
             },
-            [&](int r, const T(&sums)[2]) {
+            [&](int r, const S(&sums)[2]) {
                 if (r >= c.rows || !c.counts()) return;
                 const double own = static_cast<double>(c.u[r]);
                 p.row_mass()[c.first_row + r] = own * sums[0];

@@ -12,6 +12,7 @@ void set_clusters(int largest, int processors) {
     Machine::get().cluster_limit = largest;
     Machine::get().processors = processors;
 }
+int last_cluster() { return Machine::get().cluster(); }
 int64_t launches() { return Machine::get().launches; }
 
 }  // namespace emulator
