@@ -121,13 +121,13 @@ void backward_phases(const Batch<T>& batch, const Target& target) {
 
 template <class T>
 int64_t sinkhorn_workspace_bytes(const SinkhornArgs<T>& args, bool backward) {
-    return args.batch * make_batch(args, false, backward).workspace_stride * int64_t{sizeof(double)};
+    return args.batch * make_large_batch(args, false, backward).workspace_stride * int64_t{sizeof(double)};
 }
 
 template <class T>
 void sinkhorn_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target) {
     const DeviceGuard guard(target);
-    const Batch<T> batch = make_batch(args, shared_cost, false);
+    const Batch<T> batch = make_large_batch(args, shared_cost, false);
     const bool small = with_shape<T>(args.n, args.m, [&](auto shape) {
         using S = decltype(shape);
         const int warps = S::warps(args.n);
@@ -139,14 +139,14 @@ void sinkhorn_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& t
 template <class T>
 void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target) {
     const DeviceGuard guard(target);
-    const Batch<T> batch = make_batch(args, shared_cost, true);
+    const Batch<T> batch = make_large_batch(args, shared_cost, true);
     const bool small = with_shape<T>(args.n, args.m, [&](auto shape) {
         using S = decltype(shape);
         const int warps = S::warps(args.n);
         launch("differentiate_tile", differentiate_tile<T, S>, args.batch, 32 * warps, tile_shared_bytes<S, T>(warps), target,
                batch);
     });
-    if (!small) backward_phases(batch, target);
+    if (!small && !sinkhorn_cluster_bwd(args, shared_cost, target)) backward_phases(batch, target);
 }
 
 #define OTKD_INSTANTIATE(T)                                                 \

@@ -1,5 +1,6 @@
 // Sinkhorn beyond the tiles of sinkhorn.cu, n and m up to 1024: a cluster of 2 to 16 blocks a problem, one launch for all iterations and outputs
-// (reference/sinkhorn.py), float and double; rows are updated first. What it computes: sinkhorn_cluster_fwd.h.
+// (reference/sinkhorn.py), float and double; rows are updated first. Another for the adjoint loop of plain iterations and all gradients.
+// What they compute: sinkhorn_cluster_fwd.h, sinkhorn_cluster_bwd.h.
 //
 // Each block has n / size rows of the absorbed kernel in its shared memory; half of an iteration stays in the block, the other exchanges one
 // partial sum a column and block through distributed shared memory. 2 n m multiply-adds an iteration, the cost is read once.
@@ -7,13 +8,13 @@
 // of earlier architectures are empty, and never launched.
 #include "otkd_fast/cuda.h"
 
-#include "sinkhorn_cluster_fwd.h"
+#include "sinkhorn_cluster_bwd.h"
 
 namespace otkd_fast {
 namespace cuda {
 namespace {
 
-constexpr int64_t kLargest = 1024, kFewestRows = 16;
+constexpr int64_t kFewestRows = 16;
 
 template <class T>
 OTKD_KERNEL(kClusterThreads, 1) solve_cluster(OTKD_CONSTANT Batch<T> batch, OTKD_CONSTANT Slices cut) {
@@ -24,6 +25,18 @@ OTKD_KERNEL(kClusterThreads, 1) solve_cluster(OTKD_CONSTANT Batch<T> batch, OTKD
         if (!p.state()->wide) return ClusterForward<T, float>(p, cut).solve();
     }
     ClusterForward<T, double>(p, cut).solve();
+#endif
+}
+
+template <class T>
+OTKD_KERNEL(kClusterThreads, 1) differentiate_cluster(OTKD_CONSTANT Batch<T> batch, OTKD_CONSTANT Slices cut) {
+#if OTKD_CLUSTERS
+    const Problem<T> p(batch, block_id() / cut.size);
+    decide_width(p, false);
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (!p.state()->wide) return ClusterBackward<T, float>(p, cut).run();
+    }
+    ClusterBackward<T, double>(p, cut).run();
 #endif
 }
 
@@ -52,7 +65,7 @@ int rows_held(const Slices& cut, int64_t m) {
 template <class T, class... P>
 Slices choose_cut(void (*kernel)(P...), const SinkhornArgs<T>& args, const Target& target) {
     Slices best{};
-    if (args.n > kLargest || args.m > kLargest) return best;
+    if (larger(args.n, args.m) > kMostOfCluster || larger(args.n, args.m) < kFewestOfCluster) return best;
     const int64_t limit = shared_memory_limit(target), processors = processor_count(target);
     bool holds = false;
     for (int size = 2; size <= kMostBlocks && size <= args.n; size *= 2) {
@@ -74,11 +87,25 @@ bool sinkhorn_cluster_fwd(const SinkhornArgs<T>& args, bool shared_cost, const T
     const Slices cut = choose_cut(solve_cluster<T>, args, target);
     if (cut.size == 0) return false;
     launch("solve_cluster", solve_cluster<T>, Grid(args.batch * cut.size, cut.size), cluster_threads(args.m), cut.bytes, target,
-           make_batch(args, shared_cost, false), cut);
+           make_large_batch(args, shared_cost, false), cut);
     return true;
 }
 
-#define OTKD_INSTANTIATE(T) template bool sinkhorn_cluster_fwd(const SinkhornArgs<T>&, bool, const Target&);
+// Without steps to differentiate (envelope, detach) there is nothing to iterate; penalties go through the log domain.
+template <class T>
+bool sinkhorn_cluster_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target) {
+    const Batch<T> batch = make_large_batch(args, shared_cost, true);
+    if (batch.steps == 0 || args.penalty_a != kInfinity || args.penalty_b != kInfinity) return false;
+    const Slices cut = choose_cut(differentiate_cluster<T>, args, target);
+    if (cut.size == 0) return false;
+    launch("differentiate_cluster", differentiate_cluster<T>, Grid(args.batch * cut.size, cut.size), cluster_threads(args.m), cut.bytes,
+           target, batch, cut);
+    return true;
+}
+
+#define OTKD_INSTANTIATE(T)                                                         \
+    template bool sinkhorn_cluster_fwd(const SinkhornArgs<T>&, bool, const Target&); \
+    template bool sinkhorn_cluster_bwd(const SinkhornArgs<T>&, bool, const Target&);
 OTKD_INSTANTIATE(float)
 OTKD_INSTANTIATE(double)
 #undef OTKD_INSTANTIATE

@@ -73,6 +73,38 @@ class Cluster {
         }
     }
 
+    // K with the potentials gamma_of(j) of the columns, and in each row 1 for the largest entry; scalings 1. Ends with a barrier.
+    template <class Potential>
+    OTKD_DEVICE void absorb_costs(Potential gamma_of) const {
+        OTKD_ROLLED
+        for (int j = thread_id(); j < m; j += block_threads()) absorb_column(j, gamma_of(j));
+        barrier();
+        OTKD_ROLLED
+        for (int r = warp_id(); r < rows; r += block_warps()) {
+            double top = -kInfinity;
+            OTKD_ROLLED
+            for (int j = lane_id(); j < m; j += 32) top = larger(top, beta[j] - exponent(r, j));
+            top = warp_max(top);
+            if (lane_id() == 0) alpha[r] = top > -kInfinity ? -top : -kInfinity;
+        }
+        barrier();
+        fill();
+        barrier();
+    }
+    // K with these potentials; scalings 1, or 0 where there is nothing.
+    OTKD_DEVICE void absorb(const double* phi, const double* gamma) const {
+        OTKD_ROLLED
+        for (int j = thread_id(); j < m; j += block_threads()) absorb_column(j, gamma[j]);
+        OTKD_ROLLED
+        for (int r = thread_id(); r < rows; r += block_threads()) {
+            alpha[r] = phi[first_row + r];
+            u[r] = alpha[r] == -kInfinity ? S(0) : S(1);
+        }
+        barrier();
+        fill();
+        barrier();
+    }
+
     // For each 4 rows of the block by a warp: `kSums` sums over the columns of what visit(r, j, entry, terms) says, then finish(r, sums) with
     // all lanes, of which 8 have the same row; r >= rows: none.
     template <int kSums, class Visit, class Finish>
@@ -131,6 +163,10 @@ class Cluster {
     }
 
   private:
+    OTKD_DEVICE void absorb_column(int j, double gamma) const {
+        beta[j] = gamma;
+        v[j] = gamma == -kInfinity ? S(0) : S(1);
+    }
     template <int kSums, class Visit, class Entry>
     OTKD_DEVICE void along_rows(int r0, S (&x)[kSums][kTileRows], Visit visit, Entry entry) const {
         OTKD_ROLLED

@@ -38,11 +38,11 @@ class ClusterForward {
 
     // After decide_width.
     OTKD_DEVICE void solve() {
-        absorb_start();
+        c.absorb_costs([&](int j) { return p.gamma()[j]; });
         for (int64_t k = 0; k < p.args.num_iters; ++k) {
             rows(k);
             columns(k);
-            if (c.any_flag()) absorb_potentials();
+            if (c.any_flag()) c.absorb(p.phi(), p.gamma());
             const bool watched = p.args.tol > 0 || (p.args.relaxation == 0 && auto_due(k + 1));
             if (!watched && k + 1 < p.args.num_iters) continue;
             plan_rows();
@@ -68,41 +68,6 @@ class ClusterForward {
         drifted |= !within(result, 1 / Absorbed<S>::kDrift, Absorbed<S>::kDrift);
         distrust |= !is_safe(result);
         return result;
-    }
-
-    OTKD_DEVICE void absorb_start() {
-        OTKD_ROLLED
-        for (int j = thread_id(); j < c.m; j += block_threads()) {
-            c.beta[j] = p.gamma()[j];
-            c.v[j] = c.beta[j] > -kInfinity ? S(1) : S(0);
-        }
-        barrier();
-        OTKD_ROLLED
-        for (int r = warp_id(); r < c.rows; r += block_warps()) {
-            double top = -kInfinity;
-            OTKD_ROLLED
-            for (int j = lane_id(); j < c.m; j += 32) top = larger(top, c.beta[j] - c.exponent(r, j));
-            top = warp_max(top);
-            if (lane_id() == 0) c.alpha[r] = top > -kInfinity ? -top : -kInfinity;
-        }
-        barrier();
-        c.fill();
-        barrier();
-    }
-    OTKD_DEVICE void absorb_potentials() {
-        OTKD_ROLLED
-        for (int j = thread_id(); j < c.m; j += block_threads()) {
-            c.beta[j] = p.gamma()[j];
-            c.v[j] = c.beta[j] == -kInfinity ? S(0) : S(1);
-        }
-        OTKD_ROLLED
-        for (int r = thread_id(); r < c.rows; r += block_threads()) {
-            c.alpha[r] = p.phi()[c.first_row + r];
-            c.u[r] = c.alpha[r] == -kInfinity ? S(0) : S(1);
-        }
-        barrier();
-        c.fill();
-        barrier();
     }
 
     OTKD_DEVICE void rows(int64_t k) {

@@ -56,6 +56,12 @@ def test_one_launch(cut, emulated, generator):
     before = emulated.launches()
     otkd_fast.sinkhorn(*problem, epsilon=0.1, num_iters=7, tol=1e-9, backend="cpu")
     assert emulated.launches() == before + 1
+    cost = problem.cost.clone().requires_grad_()
+    for gradient in ("unroll", "last_step"):
+        result = otkd_fast.sinkhorn(cost, *problem[1:], epsilon=0.1, num_iters=7, gradient=gradient, backend="cpu")
+        before = emulated.launches()
+        result.transport_cost.sum().backward()
+        assert emulated.launches() == before + 1
     emulated.set_clusters(0, 0)
     otkd_fast.sinkhorn(*problem, epsilon=0.1, num_iters=7, backend="cpu")
     assert emulated.launches() > before + 14
@@ -70,6 +76,26 @@ def test_every_range_of_exponents(epsilon, dtype, cut, guarded, generator):
     problem.cost[1] *= 3
     problem.cost[2] += 2
     solve_both(problem, dtype, guarded, epsilon=epsilon, num_iters=6, outputs=("transport_cost",))
+
+
+@pytest.mark.parametrize("gradient", ["unroll", "envelope", "detach", "last_step"])
+@pytest.mark.parametrize("epsilon, dtype", [(0.2, DOUBLE), (0.002, DOUBLE), (0.2, FLOAT)], ids=str)
+def test_gradients(epsilon, dtype, gradient, cut, guarded, generator):
+    cut(7, 193, dtype, 2)
+    outputs = {"envelope": ("regularized_cost",), "detach": ("transport_cost",)}.get(gradient)
+    options = {"outputs": outputs} if outputs else {}
+    problem = random_problem(7, 193, generator=generator, batch=(2,))
+    if gradient == "detach":
+        problem = problem._replace(a=None, b=None)
+    solve_both(problem, dtype, guarded, epsilon=epsilon, num_iters=5, gradient=gradient, **options)
+
+
+def test_costs_far_from_zero(cut, guarded, generator):
+    """Nothing of their size cancels in float32."""
+    cut(11, 193, FLOAT, 4)
+    problem = random_problem(11, 193, generator=generator)
+    problem = problem._replace(cost=problem.cost + 100)
+    solve_both(problem, FLOAT, guarded, epsilon=0.5, num_iters=4, outputs=("transport_cost",))
 
 
 @pytest.mark.parametrize("epsilon", [0.3, 0.004], ids=str)
@@ -164,7 +190,7 @@ def test_rows_that_are_not_held_are_formed_again(epsilon, cut, emulated, guarded
     cut(38, 193, FLOAT, 2, held=0.85)  # 16 of 19
     before = emulated.launches()
     part = solve_both(problem, FLOAT, guarded, **options)
-    assert emulated.launches() < before + 8
+    assert emulated.launches() == before + 2
     assert all(torch.equal(got, want) for got, want in zip(part, whole, strict=True))
 
 

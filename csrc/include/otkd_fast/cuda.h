@@ -38,6 +38,8 @@ void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& t
 // size are not for it. The workspace is the same.
 template <class T>
 bool sinkhorn_cluster_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
+template <class T>
+bool sinkhorn_cluster_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
 
 // The same with one cost for all problems, by products of matrices with exp(-C / epsilon); grad_cost is (n, m), their sum. The workspace is
 // negative where these kernels do not serve: few problems, small ones, and options other than plain iterations.
