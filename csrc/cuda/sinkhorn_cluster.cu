@@ -19,7 +19,7 @@ constexpr int64_t kFewestRows = 16;
 template <class T>
 OTKD_KERNEL(kClusterThreads, 1) solve_cluster(OTKD_CONSTANT Batch<T> batch, OTKD_CONSTANT Slices cut) {
 #if OTKD_CLUSTERS
-    const Problem<T> p(batch, block_id() / cut.size);
+    const Problem<T> p(batch, static_cast<uint32_t>(block_id()) / static_cast<uint32_t>(cut.size));
     decide_width(p, true);
     if constexpr (sizeof(T) == sizeof(float)) {
         if (!p.state()->wide) return ClusterForward<T, float>(p, cut).solve();
@@ -31,7 +31,7 @@ OTKD_KERNEL(kClusterThreads, 1) solve_cluster(OTKD_CONSTANT Batch<T> batch, OTKD
 template <class T>
 OTKD_KERNEL(kClusterThreads, 1) differentiate_cluster(OTKD_CONSTANT Batch<T> batch, OTKD_CONSTANT Slices cut) {
 #if OTKD_CLUSTERS
-    const Problem<T> p(batch, block_id() / cut.size);
+    const Problem<T> p(batch, static_cast<uint32_t>(block_id()) / static_cast<uint32_t>(cut.size));
     decide_width(p, false);
     if constexpr (sizeof(T) == sizeof(float)) {
         if (!p.state()->wide) return ClusterBackward<T, float>(p, cut).run();

@@ -21,6 +21,11 @@ struct Slices {
     int size, rows, columns, bytes;
 };
 
+// What is far from the loops over entries is called, not inlined: the kernels stay small.
+OTKD_DEVICE float exp_apart(float x) { return exp_of(x); }
+OTKD_CALL double exp_apart(double x) { return exp_of(x); }
+OTKD_CALL double log_apart(double x) { return log(x); }
+
 template <class T, class S>
 class Cluster {
   public:
@@ -62,22 +67,24 @@ class Cluster {
     }
 
     OTKD_DEVICE double exponent(int r, int j) const { return p.exponent(first_row + r, j); }
-    OTKD_DEVICE S formed(int r, int j) const { return exp_of(static_cast<S>(alpha[r] + beta[j] - exponent(r, j))); }
+    OTKD_DEVICE S formed(int r, int j) const { return exp_apart(static_cast<S>(alpha[r] + beta[j] - exponent(r, j))); }
 
     // The kernel anew from alpha and beta. Between barriers of the block.
     OTKD_DEVICE void fill() const {
         OTKD_ROLLED
         for (int r = 0; r < smaller(rows, held); ++r) {
             OTKD_ROLLED
-            for (int j = thread_id(); j < m; j += block_threads()) kernel[r * m + j] = formed(r, j);
+            for (int j = thread_id(); j < m; j += block_threads()) {
+                kernel[r * m + j] = exp_of(static_cast<S>(alpha[r] + beta[j] - exponent(r, j)));
+            }
         }
     }
 
-    // K with the potentials gamma_of(j) of the columns, and in each row 1 for the largest entry; scalings 1. Ends with a barrier.
+    // K with the potentials gamma_of(j) of the columns, and in each row 1 for the largest entry. Ends with a barrier.
     template <class Potential>
     OTKD_DEVICE void absorb_costs(Potential gamma_of) const {
         OTKD_ROLLED
-        for (int j = thread_id(); j < m; j += block_threads()) absorb_column(j, gamma_of(j));
+        for (int j = thread_id(); j < m; j += block_threads()) beta[j] = gamma_of(j);
         barrier();
         OTKD_ROLLED
         for (int r = warp_id(); r < rows; r += block_warps()) {
@@ -91,15 +98,13 @@ class Cluster {
         fill();
         barrier();
     }
-    // K with these potentials; scalings 1, or 0 where there is nothing.
-    OTKD_DEVICE void absorb(const double* phi, const double* gamma) const {
+    // K with the potentials phi_of(i) and gamma_of(j). Ends with a barrier.
+    template <class RowPotential, class Potential>
+    OTKD_DEVICE void absorb(RowPotential phi_of, Potential gamma_of) const {
         OTKD_ROLLED
-        for (int j = thread_id(); j < m; j += block_threads()) absorb_column(j, gamma[j]);
+        for (int j = thread_id(); j < m; j += block_threads()) beta[j] = gamma_of(j);
         OTKD_ROLLED
-        for (int r = thread_id(); r < rows; r += block_threads()) {
-            alpha[r] = phi[first_row + r];
-            u[r] = alpha[r] == -kInfinity ? S(0) : S(1);
-        }
+        for (int r = thread_id(); r < rows; r += block_threads()) alpha[r] = phi_of(first_row + r);
         barrier();
         fill();
         barrier();
@@ -113,9 +118,10 @@ class Cluster {
         for (int r0 = kTileRows * warp_id(); r0 < rows; r0 += kTileRows * block_warps()) {
             S x[kSums][kTileRows] = {}, sums[kSums];
             if (r0 < held) {
-                along_rows<kSums>(r0, x, visit, [&](int r, int j) { return kernel[r * m + j]; });
+                along_rows<kSums>(r0, x, visit);
             } else {
-                along_rows<kSums>(r0, x, visit, [&](int r, int j) { return formed(r, j); });
+                OTKD_ROLLED
+                for (int q = 0; q < kTileRows; ++q) along_formed_row<kSums>(r0, q, x, visit);
             }
             OTKD_UNROLL
             for (int s = 0; s < kSums; ++s) sums[s] = exchange_sums(x[s]);
@@ -163,22 +169,35 @@ class Cluster {
     }
 
   private:
-    OTKD_DEVICE void absorb_column(int j, double gamma) const {
-        beta[j] = gamma;
-        v[j] = gamma == -kInfinity ? S(0) : S(1);
-    }
-    template <int kSums, class Visit, class Entry>
-    OTKD_DEVICE void along_rows(int r0, S (&x)[kSums][kTileRows], Visit visit, Entry entry) const {
+    template <int kSums, class Visit>
+    OTKD_DEVICE void along_rows(int r0, S (&x)[kSums][kTileRows], Visit visit) const {
         OTKD_ROLLED
         for (int j = lane_id(); j < m; j += 32) {
             OTKD_UNROLL
             for (int q = 0; q < kTileRows; ++q) {
                 const int r = smaller(r0 + q, rows - 1);
                 S terms[kSums];
-                visit(r, j, entry(r, j), terms);
+                visit(r, j, kernel[r * m + j], terms);
                 OTKD_UNROLL
                 for (int s = 0; s < kSums; ++s) x[s][q] += terms[s];
             }
+        }
+    }
+    template <int kSums, class Visit>
+    OTKD_DEVICE void along_formed_row(int r0, int q, S (&x)[kSums][kTileRows], Visit visit) const {
+        const int r = smaller(r0 + q, rows - 1);
+        S sums[kSums] = {};
+        OTKD_ROLLED
+        for (int j = lane_id(); j < m; j += 32) {
+            S terms[kSums];
+            visit(r, j, formed(r, j), terms);
+            OTKD_UNROLL
+            for (int s = 0; s < kSums; ++s) sums[s] += terms[s];
+        }
+        OTKD_UNROLL
+        for (int s = 0; s < kSums; ++s) {
+            OTKD_UNROLL
+            for (int at = 0; at < kTileRows; ++at) x[s][at] = at == q ? sums[s] : x[s][at];  // registers have no index
         }
     }
 
@@ -188,7 +207,7 @@ class Cluster {
 
 // What the sums of a problem are made in is decided, and the barrier after which all blocks have begun. Before any Cluster.
 template <class T>
-OTKD_DEVICE void decide_width(const Problem<T>& p, bool start) {
+OTKD_CALL void decide_width(const Problem<T>& p, bool start) {
     double* scratch = reinterpret_cast<double*>(shared_memory());
     if (sizeof(T) == sizeof(float)) {
         log_range_rows(p, Part{cluster_rank(), cluster_size()});

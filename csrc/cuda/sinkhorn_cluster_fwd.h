@@ -26,6 +26,34 @@ struct Absorbed<double> {
     static constexpr double kLow = Limits<double>::kLow, kHigh = Limits<double>::kHigh, kDrift = 1e60;
 };
 
+template <class T>
+OTKD_CALL void control_apart(const Problem<T>& p, int64_t k, double* scratch) {
+    log_control(p, k, scratch);
+}
+template <class T>
+OTKD_CALL void finish_apart(const Problem<T>& p, double* scratch) {
+    log_finish(p, scratch);
+}
+template <class T>
+OTKD_CALL void update_row_apart(const Problem<T>& p, int64_t i, double lse, int64_t k) {
+    update_row(p, i, lse, k);
+}
+template <class T>
+OTKD_CALL void update_column_apart(const Problem<T>& p, int64_t j, double lse, int64_t k) {
+    update_column(p, j, lse, k);
+}
+// LSE_j(gamma_j - X_ij) of row `at`, or LSE_i(phi_i - X_ij) of column `at`, by a warp. Columns are read along the cost: for few of them.
+template <class T>
+OTKD_CALL double log_sum_apart(const Problem<T>& p, int64_t at, bool column) {
+    const double* potentials = column ? p.phi() : p.gamma();
+    const int64_t count = column ? p.n : p.m;
+    RunningSum<double> sum;
+    OTKD_ROLLED
+    for (int64_t e = lane_id(); e < count; e += 32) sum.add(potentials[e] - (column ? p.exponent(e, at) : p.exponent(at, e)));
+    sum.over_warp();
+    return sum.log_sum();
+}
+
 template <class T, class S>
 class ClusterForward {
     const Problem<T>& p;
@@ -39,20 +67,22 @@ class ClusterForward {
     // After decide_width.
     OTKD_DEVICE void solve() {
         c.absorb_costs([&](int j) { return p.gamma()[j]; });
+        scalings_of_one();
+        OTKD_ROLLED
         for (int64_t k = 0; k < p.args.num_iters; ++k) {
             rows(k);
             columns(k);
-            if (c.any_flag()) c.absorb(p.phi(), p.gamma());
+            if (c.any_flag()) absorb_potentials();
             const bool watched = p.args.tol > 0 || (p.args.relaxation == 0 && auto_due(k + 1));
             if (!watched && k + 1 < p.args.num_iters) continue;
             plan_rows();
             cluster_barrier();
             if (!watched) break;
-            if (c.rank == 0) log_control(p, k, c.scratch);
+            if (c.rank == 0) control_apart(p, k, c.scratch);
             cluster_barrier();
             if (!p.state()->running) break;
         }
-        if (c.rank == 0) log_finish(p, c.scratch);
+        if (c.rank == 0) finish_apart(p, c.scratch);
     }
 
   private:
@@ -64,10 +94,23 @@ class ClusterForward {
     // exp(potential - absorbed); `own` and `sum` are those of a plain update, or 0.
     OTKD_DEVICE S scaling(double potential, double absorbed, double own, S sum) {
         if (potential == -kInfinity) return S(0);
-        const S result = plain && sum > S(0) ? static_cast<S>(own) / sum : static_cast<S>(exp(potential - absorbed));
+        const S result = plain && sum > S(0) ? static_cast<S>(own) / sum : static_cast<S>(exp_apart(potential - absorbed));
         drifted |= !within(result, 1 / Absorbed<S>::kDrift, Absorbed<S>::kDrift);
         distrust |= !is_safe(result);
         return result;
+    }
+
+    OTKD_DEVICE void absorb_potentials() const {
+        c.absorb([&](int i) { return p.phi()[i]; }, [&](int j) { return p.gamma()[j]; });
+        scalings_of_one();
+    }
+    // Or of 0, where there is nothing.
+    OTKD_DEVICE void scalings_of_one() const {
+        OTKD_ROLLED
+        for (int j = thread_id(); j < c.m; j += block_threads()) c.v[j] = c.beta[j] == -kInfinity ? S(0) : S(1);
+        OTKD_ROLLED
+        for (int r = thread_id(); r < c.rows; r += block_threads()) c.u[r] = c.alpha[r] == -kInfinity ? S(0) : S(1);
+        barrier();
     }
 
     OTKD_DEVICE void rows(int64_t k) {
@@ -83,17 +126,17 @@ class ClusterForward {
         const double own = p.mass_a(i), absorbed = there ? c.alpha[r] : 0.0;
         const bool dead = is_dead(absorbed, sum);
         const bool bad = there && own > 0 && !dead && !is_safe(sum);
-        double lse = dead ? -kInfinity : log(static_cast<double>(sum)) - absorbed;
+        double lse = dead ? -kInfinity : log_apart(static_cast<double>(sum)) - absorbed;
         if (warp_max(bad ? 1 : 0)) {
             OTKD_ROLLED
             for (int q = 0; q < kTileRows; ++q) {
                 if (!shuffle(bad ? 1 : 0, q * (32 / kTileRows))) continue;
-                const double exact = row_log_sum<double>(p, shuffle(i, q * (32 / kTileRows)));
+                const double exact = log_sum_apart(p, shuffle(i, q * (32 / kTileRows)), false);
                 if (c.own_row() == q) lse = exact;
             }
         }
         if (!there || !c.counts()) return;
-        update_row(p, i, lse, k);
+        update_row_apart(p, i, lse, k);
         drifted |= bad;
         c.u[r] = scaling(p.phi()[i], absorbed, own, bad ? S(0) : sum);
     }
@@ -117,27 +160,19 @@ class ClusterForward {
         const double own = p.mass_b(j), absorbed = c.beta[j];
         const bool dead = is_dead(absorbed, total);
         const bool bad = there && own > 0 && !dead && (none_safe || !is_safe(total));
-        double lse = dead ? -kInfinity : log(static_cast<double>(total)) - absorbed;
+        double lse = dead ? -kInfinity : log_apart(static_cast<double>(total)) - absorbed;
         if (warp_max(bad ? 1 : 0)) {
             OTKD_ROLLED
             for (int l = 0; l < 32; ++l) {
                 if (!shuffle(bad ? 1 : 0, l)) continue;
-                const double exact = column_log_sum(shuffle(j, l));
+                const double exact = log_sum_apart(p, shuffle(j, l), true);
                 if (lane_id() == l) lse = exact;
             }
         }
         if (!there) return;
-        update_column(p, j, lse, k);
+        update_column_apart(p, j, lse, k);
         drifted |= bad;
         c.hand_out(j, scaling(p.gamma()[j], absorbed, own, bad ? S(0) : total));
-    }
-    // LSE_i(phi_i - X_ij) by a warp. For few columns: it reads the cost along them.
-    OTKD_DEVICE double column_log_sum(int64_t j) const {
-        RunningSum<double> sum;
-        OTKD_ROLLED
-        for (int64_t i = lane_id(); i < p.n; i += 32) sum.add(p.phi()[i] - p.exponent(i, j));
-        sum.over_warp();
-        return sum.log_sum();
     }
 
     // Row sums of the plan, and what the rows move.

@@ -111,23 +111,16 @@ OTKD_DEVICE void update_row(const Problem<T>& p, int64_t i, double lse, int64_t 
     if (p.args.keep == Keep::all) p.template kept_u<double>(k)[i] = next;
 }
 
-// LSE_j(gamma_j - X_ij) by a warp.
-template <class E, class T>
-OTKD_DEVICE double row_log_sum(const Problem<T>& p, int64_t i) {
-    RunningSum<E> sum;
-    OTKD_ROLLED
-    for (int64_t j = lane_id(); j < p.m; j += 32) sum.add(p.gamma()[j] - p.exponent(i, j));
-    sum.over_warp();
-    return sum.log_sum();
-}
-
 template <class E, class T>
 OTKD_DEVICE void log_rows(const Problem<T>& p, Part part, int64_t k) {
     if (!p.state()->running) return;
     OTKD_ROLLED
     for (int64_t i = part.part * block_warps() + warp_id(); i < p.n; i += part.parts * block_warps()) {
-        const double lse = row_log_sum<E>(p, i);
-        if (lane_id() == 0) update_row(p, i, lse, k);
+        RunningSum<E> sum;
+        OTKD_ROLLED
+        for (int64_t j = lane_id(); j < p.m; j += 32) sum.add(p.gamma()[j] - p.exponent(i, j));
+        sum.over_warp();
+        if (lane_id() == 0) update_row(p, i, sum.log_sum(), k);
     }
 }
 

@@ -188,9 +188,9 @@ OTKD_DEVICE void log_cost_gradient(const Trace<T>& t, Part part) {
     }
 }
 
-// One block. `of_low`: what a unit of mass b has besides, where costs were taken above a smallest one.
+// One block.
 template <class T>
-OTKD_DEVICE void marginal_gradients(const Trace<T>& t, double* shared, double of_low = 0) {
+OTKD_DEVICE void marginal_gradients(const Trace<T>& t, double* shared) {
     const Problem<T>& p = t.p;
     const double of_dual = p.incoming(p.args.grad_regularized_cost);
     double mass_a = 0, mass_b = 0;
@@ -207,7 +207,7 @@ OTKD_DEVICE void marginal_gradients(const Trace<T>& t, double* shared, double of
     }
     OTKD_ROLLED
     for (int64_t j = thread_id(); p.args.grad_b && j < p.m; j += block_threads()) {
-        const double own = p.mass_b(j), by_mass = t.steps > 0 ? p.sum_gamma()[j] / own + of_low : 0.0;
+        const double own = p.mass_b(j), by_mass = t.steps > 0 ? p.sum_gamma()[j] / own : 0.0;
         p.args.grad_b[p.index * p.m + j] = marginal_gradient<T>(own, t.gamma[j], by_mass, p.penalty_b(), of_dual, mass_a);
     }
 }
