@@ -64,7 +64,7 @@ OTKD_DEVICE int cluster_rank() {
 }
 // Of all threads of all blocks; what was written before, to global memory too, is seen after it.
 OTKD_DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // Where `own`, in the shared memory of this block, lies in that of the block of this rank.
 template <class S>

@@ -25,6 +25,14 @@ struct Slices {
 OTKD_DEVICE float exp_apart(float x) { return exp_of(x); }
 OTKD_CALL double exp_apart(double x) { return exp_of(x); }
 OTKD_CALL double log_apart(double x) { return log(x); }
+// exp(potential - absorbed), 0 where there is nothing.
+OTKD_CALL double scaling_apart(double potential, double absorbed) {
+    return potential == -kInfinity || absorbed == -kInfinity ? 0.0 : exp_of(potential - absorbed);
+}
+template <class T>
+OTKD_CALL double mass_apart(const Problem<T>& p, int64_t e, bool column) {
+    return column ? p.mass_b(e) : p.mass_a(e);
+}
 
 template <class T, class S>
 class Cluster {
@@ -66,7 +74,8 @@ class Cluster {
         return fit >= cut.rows ? cut.rows : fit / kTileRows * kTileRows;
     }
 
-    OTKD_DEVICE double exponent(int r, int j) const { return p.exponent(first_row + r, j); }
+    OTKD_DEVICE T cost(int r, int j) const { return p.cost[(first_row + r) * m + j]; }
+    OTKD_DEVICE double exponent(int r, int j) const { return static_cast<double>(cost(r, j)) * p.per_epsilon; }
     OTKD_DEVICE S formed(int r, int j) const { return exp_apart(static_cast<S>(alpha[r] + beta[j] - exponent(r, j))); }
 
     // The kernel anew from alpha and beta. Between barriers of the block.

@@ -19,6 +19,10 @@ template <class S>
 constexpr double kMostLog = sizeof(S) == sizeof(float) ? 57.0 : 330.0;
 
 template <class T>
+OTKD_CALL double before_apart(const Trace<T>& t, int64_t k, int j) {
+    return t.before(k, j);
+}
+template <class T>
 OTKD_CALL void cost_gradient_apart(const Trace<T>& t) {
     log_cost_gradient(t, Part{cluster_rank(), cluster_size()});
 }
@@ -59,12 +63,9 @@ class ClusterBackward {
     OTKD_DEVICE S* kept(int64_t k, int64_t e, bool second) const {
         return reinterpret_cast<S*>((second ? p.scalings() : p.adjoints()) + k * (p.n + p.m) + e);
     }
-    OTKD_DEVICE static double scaling(double potential, double absorbed) {
-        return potential == -kInfinity || absorbed == -kInfinity ? 0.0 : exp_apart(potential - absorbed);
-    }
-    OTKD_DEVICE double u_of(int64_t k, int r) const { return scaling(t.phi_of(k)[c.first_row + r], c.alpha[r]); }
-    OTKD_DEVICE double v_of(int64_t k, int j) const { return scaling(t.gamma_of(k)[j], c.beta[j]); }
-    OTKD_DEVICE double v_before(int64_t k, int j) const { return scaling(t.before(k, j), c.beta[j]); }
+    OTKD_DEVICE double u_of(int64_t k, int r) const { return scaling_apart(t.phi_of(k)[c.first_row + r], c.alpha[r]); }
+    OTKD_DEVICE double v_of(int64_t k, int j) const { return scaling_apart(t.gamma_of(k)[j], c.beta[j]); }
+    OTKD_DEVICE double v_before(int64_t k, int j) const { return scaling_apart(before_apart(t, k, j), c.beta[j]); }
 
     OTKD_DEVICE void absorb() {
         if constexpr (sizeof(S) == sizeof(float)) {
@@ -73,7 +74,7 @@ class ClusterBackward {
             for (int i = thread_id(); i < p.n; i += block_threads()) least = larger(least, p.row_mass()[i]);
             least = block_max(least, c.scratch);
             low = least > -kInfinity ? -least : 0.0;
-            c.absorb_costs([&](int j) { return p.mass_b(j) > 0 ? p.start_gamma(j) : -kInfinity; });
+            c.absorb_costs([&](int j) { return mass_apart(p, j, true) > 0 ? p.start_gamma(j) : -kInfinity; });
         } else {
             absorb_step(t.steps - 1, false);
         }
@@ -93,7 +94,7 @@ class ClusterBackward {
     }
     // K as the plan after the column update of step k, or after its row update.
     OTKD_DEVICE void absorb_step(int64_t k, bool after_rows) const {
-        c.absorb([&](int i) { return t.phi_of(k)[i]; }, [&](int j) { return after_rows ? t.before(k, j) : t.gamma_of(k)[j]; });
+        c.absorb([&](int i) { return t.phi_of(k)[i]; }, [&](int j) { return after_rows ? before_apart(t, k, j) : t.gamma_of(k)[j]; });
     }
     OTKD_DEVICE static bool far(double potential, double absorbed) {
         if (potential == -kInfinity || absorbed == -kInfinity) return false;
@@ -109,7 +110,7 @@ class ClusterBackward {
             OTKD_ROLLED
             for (int e = thread_id(); e < c.owned; e += block_threads()) {
                 const int j = c.first_column + e;
-                left |= far(t.gamma_of(k)[j], c.beta[j]) || far(t.before(k, j), c.beta[j]);
+                left |= far(t.gamma_of(k)[j], c.beta[j]) || far(before_apart(t, k, j), c.beta[j]);
             }
         }
         return !left;
@@ -152,14 +153,14 @@ class ClusterBackward {
         if (r >= c.rows || !c.counts()) return;
         const int64_t i = c.first_row + r;
         const double own = static_cast<double>(c.u[r]);
-        const double bar = of_transport * own * moved + of_dual * (p.mass_a(i) - own * mass) + p.incoming_f(i);
+        const double bar = of_transport * own * moved + of_dual * (mass_apart(p, i, false) - own * mass) + p.incoming_f(i);
         p.first()[i] = t.phi[i] > -kInfinity ? p.args.epsilon * bar : 0.0;
         p.sum_phi()[i] = 0;
     }
     // gamma_bar of column j after step k is known: w, to the rows of all blocks with the scaling `own`.
     OTKD_DEVICE void column_adjoint(int64_t k, int j, double bar, double own) const {
         const bool used = t.gamma_of(k)[j] > -kInfinity;
-        const double w = used ? bar / p.mass_b(j) : 0.0;
+        const double w = used ? bar / mass_apart(p, j, true) : 0.0;
         p.sum_gamma()[j] += used ? bar : 0.0;
         const S value = static_cast<S>(own * w);
         if (anew) {
@@ -174,7 +175,7 @@ class ClusterBackward {
         const int64_t i = c.first_row + r;
         const double own = u_of(k, r);
         const bool used = t.phi_of(k)[i] > -kInfinity;
-        const double bar = used ? (k == t.steps - 1 ? p.first()[i] : 0.0) - own * sum : 0.0, z = used ? bar / p.mass_a(i) : 0.0;
+        const double bar = used ? (k == t.steps - 1 ? p.first()[i] : 0.0) - own * sum : 0.0, z = used ? bar / mass_apart(p, i, false) : 0.0;
         p.sum_phi()[i] += bar;
         c.u[r] = static_cast<S>(own * z);
         if (anew) {
@@ -233,17 +234,18 @@ class ClusterBackward {
         for (int e = 0; e < kEntries; ++e) sums[e] = 0;
         OTKD_ROLLED
         for (int64_t k = 0; k < t.steps; ++k) {
+            const double *one = p.adjoints() + k * (p.n + p.m), *other = p.scalings() + k * (p.n + p.m);
             S own_w[kColumns], own_v[kColumns];
             OTKD_UNROLL
             for (int q = 0; q < kColumns; ++q) {
-                const int j = smaller(j0 + q * block_threads(), c.m - 1);
-                own_w[q] = *kept(k, p.n + j, false);
-                own_v[q] = *kept(k, p.n + j, true);
+                const int j = static_cast<int>(p.n) + smaller(j0 + q * block_threads(), c.m - 1);
+                own_w[q] = *reinterpret_cast<const S*>(one + j);
+                own_v[q] = *reinterpret_cast<const S*>(other + j);
             }
             OTKD_UNROLL
             for (int s = 0; s < kRows; ++s) {
-                const int64_t i = c.first_row + smaller(r0 + s, c.rows - 1);
-                const S own_z = *kept(k, i, false), own_u = *kept(k, i, true);
+                const int i = c.first_row + smaller(r0 + s, c.rows - 1);
+                const S own_z = *reinterpret_cast<const S*>(one + i), own_u = *reinterpret_cast<const S*>(other + i);
                 OTKD_UNROLL
                 for (int q = 0; q < kColumns; ++q) sums[s * kColumns + q] += own_u * own_w[q] + own_z * own_v[q];
             }
@@ -257,26 +259,23 @@ class ClusterBackward {
             const S direct = static_cast<S>(of_transport) * (1 - above(r, j)) + static_cast<S>(of_dual);
             value = entry * c.u[r] * c.v[j] * direct + entry * sum * static_cast<S>(p.per_epsilon);
         }
-        p.grad_cost[static_cast<int64_t>(c.first_row + r) * c.m + j] = static_cast<T>(value);
+        p.grad_cost[(c.first_row + r) * c.m + j] = static_cast<T>(value);
     }
 
     OTKD_DEVICE void marginals() const {
-        double mass_a = 0, mass_b = 0;
-        OTKD_ROLLED
-        for (int i = thread_id(); i < p.n; i += block_threads()) mass_a += p.mass_a(i);
-        OTKD_ROLLED
-        for (int j = thread_id(); j < c.m; j += block_threads()) mass_b += p.mass_b(j);
-        mass_a = block_sum(mass_a, c.scratch);
-        mass_b = block_sum(mass_b, c.scratch);
         OTKD_ROLLED
         for (int side = 0; side < 2; ++side) {
-            const int count = static_cast<int>(side ? p.m : p.n);
+            const int count = static_cast<int>(side ? p.m : p.n), others = static_cast<int>(side ? p.n : p.m);
+            double other = 0;
+            OTKD_ROLLED
+            for (int e = thread_id(); e < others; e += block_threads()) other += mass_apart(p, e, side == 0);
+            other = block_sum(other, c.scratch);
             T* out = side ? p.args.grad_b : p.args.grad_a;
             const double *sums = side ? p.sum_gamma() : p.sum_phi(), *potentials = side ? t.gamma : t.phi;
-            const double beside = side ? of_transport * low : 0.0, other = side ? mass_a : mass_b;
+            const double beside = side ? of_transport * low : 0.0;
             OTKD_ROLLED
             for (int e = thread_id(); out && e < count; e += block_threads()) {
-                const double own = side ? p.mass_b(e) : p.mass_a(e);
+                const double own = mass_apart(p, e, side != 0);
                 double value = 0;
                 if (own > 0) {
                     const double relative = potentials[e] - log_apart(own);

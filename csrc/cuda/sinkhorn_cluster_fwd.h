@@ -123,7 +123,7 @@ class ClusterForward {
     OTKD_DEVICE void finish_row(int64_t k, int r, S sum) {
         const bool there = r < c.rows;
         const int64_t i = c.first_row + (there ? r : 0);
-        const double own = p.mass_a(i), absorbed = there ? c.alpha[r] : 0.0;
+        const double own = mass_apart(p, i, false), absorbed = there ? c.alpha[r] : 0.0;
         const bool dead = is_dead(absorbed, sum);
         const bool bad = there && own > 0 && !dead && !is_safe(sum);
         double lse = dead ? -kInfinity : log_apart(static_cast<double>(sum)) - absorbed;
@@ -157,7 +157,7 @@ class ClusterForward {
         const bool there = e < c.owned;
         const int j = c.first_column + (there ? e : 0);
         const S total = there ? c.column_total(j) : S(0);
-        const double own = p.mass_b(j), absorbed = c.beta[j];
+        const double own = mass_apart(p, j, true), absorbed = c.beta[j];
         const bool dead = is_dead(absorbed, total);
         const bool bad = there && own > 0 && !dead && (none_safe || !is_safe(total));
         double lse = dead ? -kInfinity : log_apart(static_cast<double>(total)) - absorbed;
@@ -181,7 +181,7 @@ class ClusterForward {
             [&](int r, int j, S entry, S(&terms)[2]) {
                 terms[0] = entry * c.v[j];
                 // 0 times +inf is 0, NaN stays
-                terms[1] = terms[0] != S(0) ? terms[0] * static_cast<S>(p.cost[static_cast<int64_t>(c.first_row + r) * c.m + j]) : S(0);
+                terms[1] = terms[0] != S(0) ? terms[0] * static_cast<S>(c.cost(r, j)) : S(0);
             },
             [&](int r, const S(&sums)[2]) {
                 if (r >= c.rows || !c.counts()) return;

@@ -58,11 +58,11 @@ def _compile(file, arch):
 
 
 def _parse(text):
-    """ptxas describes a kernel in three lines: its name, stack and spills, registers."""
+    """ptxas describes a kernel in three lines: its name, stack and spills, registers; functions it calls come after."""
     kernels, name, memory = {}, None, None
     for line in text.splitlines():
         if entry := re.search(r"Compiling entry function '(\S+)'", line):
-            name = _readable(entry[1])
+            name, memory = _readable(entry[1]), None
         elif spills := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             memory = memory or [int(number) for number in spills.groups()]
         elif name and (used := re.search(r"Used (\d+) registers", line)):
