@@ -6,8 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -172,16 +172,17 @@ bool ask_for_clusters(void (*kernel)(P...), Grid grid, int threads, int64_t shar
     if (!asked) cudaGetLastError();
     return asked && active > 0;
 }
-// Whether the device can run such clusters of this kernel, and the kernel was compiled for clusters. Asked once.
+// Whether the device can run such clusters of this kernel, and the kernel was compiled for clusters. A yes is remembered.
 template <class... P>
 bool admits(void (*kernel)(P...), Grid grid, int threads, int64_t shared_bytes, const Target& target) {
     static std::mutex mutex;
-    static std::map<std::tuple<void (*)(P...), int, int, int, int64_t>, bool> known;
+    static std::set<std::tuple<void (*)(P...), int, int, int, int64_t>> known;
     const std::lock_guard<std::mutex> lock(mutex);
     const auto key = std::make_tuple(kernel, target.device, grid.cluster, threads, shared_bytes);
-    const auto found = known.find(key);
-    if (found != known.end()) return found->second;
-    return known[key] = ask_for_clusters(kernel, grid, threads, shared_bytes, target);
+    if (known.count(key)) return true;
+    if (!ask_for_clusters(kernel, grid, threads, shared_bytes, target)) return false;
+    known.insert(key);
+    return true;
 }
 
 inline int processor_count(const Target& target) {

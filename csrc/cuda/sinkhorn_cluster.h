@@ -23,10 +23,17 @@ struct Slices {
 
 // What is far from the loops over entries is called, not inlined: the kernels stay small.
 OTKD_DEVICE float exp_apart(float x) { return exp_of(x); }
-OTKD_CALL double exp_apart(double x) { return exp_of(x); }
-OTKD_CALL double log_apart(double x) { return log(x); }
+template <class D>  // double; templates, so that there is none of them on the host
+OTKD_CALL D exp_apart(D x) {
+    return exp_of(x);
+}
+template <class D>
+OTKD_CALL D log_apart(D x) {
+    return log(x);
+}
 // exp(potential - absorbed), 0 where there is nothing.
-OTKD_CALL double scaling_apart(double potential, double absorbed) {
+template <class D>
+OTKD_CALL D scaling_apart(D potential, D absorbed) {
     return potential == -kInfinity || absorbed == -kInfinity ? 0.0 : exp_of(potential - absorbed);
 }
 template <class T>

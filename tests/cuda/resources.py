@@ -22,7 +22,8 @@ TABLE = ROOT / "csrc" / "cuda" / "resources.json"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FILES = (
     "bures", "cost_matrix", "cost_matrix_ragged", "gaussian", "matrix_product", "moments", "plan_apply", "polar",
-    "sinkd", "sinkhorn", "sinkhorn_cluster", "sinkhorn_points", "sinkhorn_ragged", "sinkhorn_shared", "sqrtm", "sqrtm_large",
+    "sinkd", "sinkhorn", "sinkhorn_cluster", "sinkhorn_points", "sinkhorn_ragged", "sinkhorn_shared", "sqrtm",
+    "sqrtm_large",
 )  # fmt: skip
 NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 
