@@ -7,7 +7,8 @@ import torch
 from solves import solve_both
 
 import otkd_fast
-from otkd_fast.testing import random_problem
+from otkd_fast import reference
+from otkd_fast.testing import assert_close, random_problem
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 
@@ -76,6 +77,23 @@ def test_every_range_of_exponents(epsilon, dtype, cut, guarded, generator):
     problem.cost[1] *= 3
     problem.cost[2] += 2
     solve_both(problem, dtype, guarded, epsilon=epsilon, num_iters=6, outputs=("transport_cost",))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, DOUBLE], ids=str)
+@pytest.mark.parametrize("n, m", [(201, 6), (6, 201)], ids=str)
+@pytest.mark.parametrize("update_first", "ab")
+def test_sums_that_are_not_safe(update_first, n, m, dtype, cut, guarded, generator):
+    """Of 201 rows those that are nearest to none of 6 columns have sums below 1e-200, and so have columns of 6 rows."""
+    cut(*((n, m) if update_first == "a" else (m, n)), dtype, 2)
+    problem = random_problem(n, m, generator=generator, batch=(2,)).to(dtype)
+    options = dict(epsilon=2e-4, num_iters=4, update_first=update_first)
+    with guarded:
+        got = otkd_fast.sinkhorn(*problem, backend="cpu", **options)
+    want = reference.sinkhorn(*(tensor.double() for tensor in problem), **options)
+    for name in ("transport_cost", "regularized_cost", "f", "g", "marginal_error"):
+        quantity = "potential" if name in "fg" else name
+        scale = {"f": 1.0, "g": 1.0, "marginal_error": 1.0}.get(name)
+        assert_close(getattr(got, name), getattr(want, name), "sinkhorn", quantity, scale=scale, context=name)
 
 
 @pytest.mark.parametrize("gradient", ["unroll", "envelope", "detach", "last_step"])
