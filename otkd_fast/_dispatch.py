@@ -96,7 +96,8 @@ _LEFT_TO_REFERENCE = {
 
 # up to which size one launch solves a problem, for `explain`
 _ONE_LAUNCH = {
-    ("sinkhorn", "cuda"): "192 x 192 (float64: 128 x 128); beyond, each half-iteration is a launch",
+    ("sinkhorn", "cuda"): "192 x 192 (float64: 128 x 128) in a block, and up to about 1000 x 1000 in a cluster of "
+    "blocks on architectures 9.0 and later; beyond, each half-iteration is a launch",
     ("sinkhorn_shared", "cuda"): "192 x 192 (float64: 128 x 128); beyond, each half-iteration is a launch, or two by "
     "products of matrices where there are 64 problems or more",
     ("sinkhorn_ragged", "cuda"): "128 x 128 (float64: 64 x 32) with the kernel in registers, beyond in the log "

@@ -1,13 +1,16 @@
 // What the CUDA sources need of the machine, and nothing else of it is used: indices of a thread, barriers, shuffles, one
-// block of shared memory, and launches. With OTKD_FAST_EMULATOR (the name of a header of the tests) the same sources are
-// plain C++ that runs on the host. Blocks and grids have one dimension; a block has a multiple of 32 threads, and all
-// lanes of a warp take part in a shuffle.
+// block of shared memory, clusters of blocks that reach into one another's, and launches. With OTKD_FAST_EMULATOR (the
+// name of a header of the tests) the same sources are plain C++ that runs on the host. Blocks, clusters and grids have one
+// dimension; a block has a multiple of 32 threads, and all lanes of a warp take part in a shuffle.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "otkd_fast/cuda.h"
 
@@ -43,6 +46,34 @@ template <class S>
 OTKD_DEVICE S shuffle_xor(S value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+// Clusters: bodies of their kernels are there where OTKD_CLUSTERS is 1, that is from architecture 90 on. A block may
+// reach into another's shared memory after a barrier of the cluster, and until one that the other takes part in.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define OTKD_CLUSTERS 0
+#else
+#define OTKD_CLUSTERS 1
+OTKD_DEVICE int cluster_size() {
+    unsigned count;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+    return static_cast<int>(count);
+}
+OTKD_DEVICE int cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return static_cast<int>(rank);
+}
+// Of all threads of all blocks; what was written before, to global memory too, is seen after it.
+OTKD_DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Where `own`, in the shared memory of this block, lies in that of the block of this rank.
+template <class S>
+OTKD_DEVICE S* in_block(S* own, int rank) {
+    uint64_t address;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(own), "r"(rank));
+    return reinterpret_cast<S*>(address);
+}
+#endif
 // The dynamic shared memory of the block, 16-byte aligned.
 OTKD_DEVICE unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -88,19 +119,98 @@ struct Same {
     using Type = T;
 };
 
-template <class... P>
-void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, const Target& target,
-            typename Same<P>::Type... arguments) {
-    if (blocks <= 0) return;
-    const std::string what = std::string("kernel ") + name + " with " + std::to_string(blocks) + " blocks of " +
-                             std::to_string(threads) + " threads and " + std::to_string(shared_bytes) +
-                             " bytes of shared memory";
-    if (blocks > std::numeric_limits<int32_t>::max()) throw std::runtime_error(what + ": too many blocks for one launch");
+// Blocks of a launch, in clusters of `cluster`, which divides them.
+struct Grid {
+    int64_t blocks;
+    int cluster;
+    Grid(int64_t count, int of_cluster = 1) : blocks(count), cluster(of_cluster) {}
+};
+
+constexpr int kPortableCluster = 8;  // beyond, a kernel has to ask
+
+// What a kernel asks of the device besides its launch.
+template <class Kernel>
+cudaError_t prepare(Kernel kernel, Grid grid, int64_t shared_bytes) {
+    cudaError_t status = cudaSuccess;
     if (shared_bytes > 48 * 1024) {
-        DeviceGuard::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                static_cast<int>(shared_bytes)), what);
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     }
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(target.stream)>>>(arguments...);
+    if (status == cudaSuccess && grid.cluster > kPortableCluster) {
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
+    return status;
+}
+
+// A launch in clusters; `attribute` has to outlive what is returned.
+inline cudaLaunchConfig_t cluster_config(Grid grid, int threads, int64_t shared_bytes, const Target& target,
+                                         cudaLaunchAttribute& attribute) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(target.stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return config;
+}
+
+template <class... P>
+bool ask_for_clusters(void (*kernel)(P...), Grid grid, int threads, int64_t shared_bytes, const Target& target) {
+    int clusters = 0;
+    if (cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, target.device) != cudaSuccess || !clusters) return false;
+    if (shared_bytes > shared_memory_limit(target)) return false;
+    cudaFuncAttributes compiled = {};
+    int active = 0;
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = cluster_config(Grid(grid.cluster, grid.cluster), threads, shared_bytes, target, attribute);
+    const bool asked = cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.ptxVersion >= 90 &&
+                       prepare(kernel, grid, shared_bytes) == cudaSuccess &&
+                       cudaOccupancyMaxActiveClusters(&active, kernel, &config) == cudaSuccess;
+    if (!asked) cudaGetLastError();
+    return asked && active > 0;
+}
+// Whether the device can run such clusters of this kernel, and the kernel was compiled for clusters. A yes is remembered.
+template <class... P>
+bool admits(void (*kernel)(P...), Grid grid, int threads, int64_t shared_bytes, const Target& target) {
+    static std::mutex mutex;
+    static std::set<std::tuple<void (*)(P...), int, int, int, int64_t>> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto key = std::make_tuple(kernel, target.device, grid.cluster, threads, shared_bytes);
+    if (known.count(key)) return true;
+    if (!ask_for_clusters(kernel, grid, threads, shared_bytes, target)) return false;
+    known.insert(key);
+    return true;
+}
+
+inline int processor_count(const Target& target) {
+    int count = 0;
+    DeviceGuard::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, target.device), "multiprocessors");
+    return count;
+}
+
+template <class... P>
+void launch(const char* name, void (*kernel)(P...), Grid grid, int threads, int64_t shared_bytes, const Target& target,
+            typename Same<P>::Type... arguments) {
+    if (grid.blocks <= 0) return;
+    const std::string what = std::string("kernel ") + name + " with " + std::to_string(grid.blocks) + " blocks of " +
+                             std::to_string(threads) + " threads and " + std::to_string(shared_bytes) +
+                             " bytes of shared memory" +
+                             (grid.cluster > 1 ? " in clusters of " + std::to_string(grid.cluster) : "");
+    if (grid.blocks > std::numeric_limits<int32_t>::max()) {
+        throw std::runtime_error(what + ": too many blocks for one launch");
+    }
+    DeviceGuard::check(prepare(kernel, grid, shared_bytes), what);
+    if (grid.cluster > 1) {
+        cudaLaunchAttribute attribute;
+        const cudaLaunchConfig_t config = cluster_config(grid, threads, shared_bytes, target, attribute);
+        DeviceGuard::check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+    } else {
+        kernel<<<static_cast<unsigned>(grid.blocks), threads, shared_bytes, static_cast<cudaStream_t>(target.stream)>>>(
+            arguments...);
+    }
     DeviceGuard::check(cudaGetLastError(), what);
 }
 

@@ -3,7 +3,8 @@
 //   f_i = eps log a_i - eps LSE_j((g_j - C_ij) / eps),   g_j = eps log b_j - eps LSE_i((f_i - C_ij) / eps),   T times
 //
 // n, m <= 192 (float) or 128 (double): one launch, a block a problem, all iterations and outputs: on scalings with the
-// kernel in registers (sinkhorn_tile.h), or, as the block finds out, in the log domain (sinkhorn_log.h). Beyond: the log
+// kernel in registers (sinkhorn_tile.h), or, as the block finds out, in the log domain (sinkhorn_log.h). Beyond, up to about
+// 1000: one launch, a cluster of blocks a problem, where the device has clusters (sinkhorn_cluster.cu). Else: the log
 // domain, a launch a half-iteration, `parts` blocks a problem; reads the cost once in each.
 // Tile shapes (warps x rows x columns): n <= 16, m <= 32: one warp (float); n <= 64, m <= 32: up to 8 warps of 8 rows; 128 x 128: 16 warps of
 // 8 rows (double: 8 of 16); 192 x 192: 12 warps of 16 rows.
@@ -120,32 +121,32 @@ void backward_phases(const Batch<T>& batch, const Target& target) {
 
 template <class T>
 int64_t sinkhorn_workspace_bytes(const SinkhornArgs<T>& args, bool backward) {
-    return args.batch * make_batch(args, false, backward).workspace_stride * int64_t{sizeof(double)};
+    return args.batch * make_large_batch(args, false, backward).workspace_stride * int64_t{sizeof(double)};
 }
 
 template <class T>
 void sinkhorn_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target) {
     const DeviceGuard guard(target);
-    const Batch<T> batch = make_batch(args, shared_cost, false);
+    const Batch<T> batch = make_large_batch(args, shared_cost, false);
     const bool small = with_shape<T>(args.n, args.m, [&](auto shape) {
         using S = decltype(shape);
         const int warps = S::warps(args.n);
         launch("solve_tile", solve_tile<T, S>, args.batch, 32 * warps, tile_shared_bytes<S, T>(warps), target, batch);
     });
-    if (!small) forward_phases(batch, target);
+    if (!small && !sinkhorn_cluster_fwd(args, shared_cost, target)) forward_phases(batch, target);
 }
 
 template <class T>
 void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target) {
     const DeviceGuard guard(target);
-    const Batch<T> batch = make_batch(args, shared_cost, true);
+    const Batch<T> batch = make_large_batch(args, shared_cost, true);
     const bool small = with_shape<T>(args.n, args.m, [&](auto shape) {
         using S = decltype(shape);
         const int warps = S::warps(args.n);
         launch("differentiate_tile", differentiate_tile<T, S>, args.batch, 32 * warps, tile_shared_bytes<S, T>(warps), target,
                batch);
     });
-    if (!small) backward_phases(batch, target);
+    if (!small && !sinkhorn_cluster_bwd(args, shared_cost, target)) backward_phases(batch, target);
 }
 
 #define OTKD_INSTANTIATE(T)                                                 \

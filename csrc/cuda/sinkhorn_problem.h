@@ -113,6 +113,7 @@ struct Problem {
     OTKD_DEVICE double* gamma_bar() const { return sum_phi() + n; }      // (m,)
     OTKD_DEVICE double* sum_gamma() const { return gamma_bar() + m; }    // (m,)
     OTKD_DEVICE double* adjoints() const { return sum_gamma() + m; }     // (steps, n + m): z and w of each step
+    OTKD_DEVICE double* scalings() const { return adjoints() + batch.steps * (n + m); }  // likewise, of a cluster: u and v'
     static int64_t doubles(int64_t rows, int64_t columns, int64_t steps, bool backward) {
         return 8 + (backward ? 2 * (rows + columns) + steps * (rows + columns) : 3 * (rows + columns));
     }
@@ -130,6 +131,18 @@ Batch<T> make_batch(const SinkhornArgs<T>& args, bool shared_cost, bool backward
     const int64_t steps = backward ? most : 0;
     return {args, shared_cost ? 0 : args.n * args.m, history_stride(args),
             Problem<T>::doubles(args.n, args.m, steps, backward), steps};
+}
+
+// Beyond the tiles, up to here, a cluster may solve a problem.
+constexpr int64_t kFewestOfCluster = 129, kMostOfCluster = 1024;
+
+// The same with a workspace that will do for a cluster, too.
+template <class T>
+Batch<T> make_large_batch(const SinkhornArgs<T>& args, bool shared_cost, bool backward) {
+    Batch<T> batch = make_batch(args, shared_cost, backward);
+    const int64_t most = larger(args.n, args.m);
+    if (most >= kFewestOfCluster && most <= kMostOfCluster) batch.workspace_stride += batch.steps * (args.n + args.m);
+    return batch;
 }
 
 // One side of the outputs, added up by the threads of a block.

@@ -51,6 +51,7 @@ def emulated(emulated_core, monkeypatch):
     yield emulated_core
     emulated_core.set_order(0)
     emulated_core.set_shared_limit(99 * 1024)
+    emulated_core.set_clusters(0, 0)
 
 
 @pytest.fixture

@@ -9,8 +9,11 @@ namespace emulator {
 
 void set_order(uint64_t order);
 void set_shared_limit(int64_t bytes);
+void set_clusters(int largest, int processors);
 int64_t launches();
+int last_cluster();
 std::vector<float> faulty(int kind);  // faulty.cpp
+std::vector<float> faulty_cluster(int fault, int size);
 
 }  // namespace emulator
 }  // namespace cuda

@@ -404,8 +404,27 @@ void together(int64_t n, int64_t m, double epsilon, Gradient gradient) {
     for (Buffer<T>* result : {&transport, &dual, &f, &g, &error, &grad_cost, &grad_a, &grad_b}) result->expect_finite("together");
 }
 
+// Clusters of 2 and 4 blocks, with and without room for all of the rows.
+template <class T>
+void in_clusters() {
+    namespace emulator = cuda::emulator;
+    const int64_t sizes[][3] = {{9, 193, 99 * 1024}, {40, 200, 20000 + 6000 * int64_t{sizeof(T)}}, {200, 3, 99 * 1024}};
+    for (const auto& size : sizes) {
+        emulator::set_clusters(4, size[0] == 200 ? 1000 : 0);
+        emulator::set_shared_limit(size[2]);
+        for (double epsilon : {0.2, 0.0005}) {
+            solve<T>(size[0], size[1], epsilon, Gradient::unroll, INFINITY, 0, false);
+            solve<T>(size[0], size[1], epsilon, Gradient::last_step, INFINITY, 1e-3, true);
+        }
+        solve<T>(size[0], size[1], 0.3, Gradient::envelope, 0.5, 1e-4, false);
+    }
+    emulator::set_clusters(0, 0);
+    emulator::set_shared_limit(99 * 1024);
+}
+
 template <class T>
 void all() {
+    in_clusters<T>();
     for (Metric metric : {Metric::l1, Metric::l2, Metric::sqeuclidean, Metric::cosine}) {
         costs<T>(metric, 3, 66, 18, 0);
         costs<T>(metric, 65, 2, 5, 1.5);

@@ -40,7 +40,31 @@ OTKD_KERNEL(64) shuffle_of_some(float* out) {
     out[thread_id()] = warp_sum(1.0f);
 }
 
+// Each block hands a number to the next one of its cluster, with the faults that `fault` names.
+enum Fault : int { kNone, kNoBarrierBefore, kNoBarrierAfter, kNoBarrierAtAll, kEarlyAddress, kBeyondTheCluster, kSomeArrive };
+
+OTKD_KERNEL(64) ring(float* out, Fault fault) {
+    float* own = reinterpret_cast<float*>(shared_memory());
+    const int size = cluster_size(), next = (cluster_rank() + 1) % size;
+    const bool none_before = fault == kNoBarrierBefore || fault == kNoBarrierAtAll;
+    float* other = fault == kEarlyAddress ? in_block(own, next) : nullptr;
+    if (fault != kNoBarrierAtAll) cluster_barrier();  // all have begun
+    own[thread_id()] = static_cast<float>(100 * cluster_rank() + thread_id());
+    other = in_block(own, fault == kBeyondTheCluster ? size : next);
+    if (fault == kSomeArrive && thread_id() < 40) return;
+    if (!none_before) cluster_barrier();
+    const float value = other[thread_id() ^ 32];
+    if (fault != kNoBarrierAfter && fault != kNoBarrierAtAll) cluster_barrier();
+    out[block_id() * block_threads() + thread_id()] = value == value ? value : -2.0f;
+}
+
 }  // namespace
+
+std::vector<float> faulty_cluster(int fault, int size) {
+    std::vector<float> out(64 * 4, -1.0f);
+    launch("ring", ring, Grid(4, size), 64, 64 * 4, Target{0, nullptr}, out.data(), static_cast<Fault>(fault));
+    return out;
+}
 
 std::vector<float> faulty(int kind) {
     std::vector<float> out(64, -1.0f);

@@ -22,7 +22,8 @@ TABLE = ROOT / "csrc" / "cuda" / "resources.json"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FILES = (
     "bures", "cost_matrix", "cost_matrix_ragged", "gaussian", "matrix_product", "moments", "plan_apply", "polar",
-    "sinkd", "sinkhorn", "sinkhorn_points", "sinkhorn_ragged", "sinkhorn_shared", "sqrtm", "sqrtm_large",
+    "sinkd", "sinkhorn", "sinkhorn_cluster", "sinkhorn_points", "sinkhorn_ragged", "sinkhorn_shared", "sqrtm",
+    "sqrtm_large",
 )  # fmt: skip
 NVCC = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 
@@ -58,11 +59,11 @@ def _compile(file, arch):
 
 
 def _parse(text):
-    """ptxas describes a kernel in three lines: its name, stack and spills, registers."""
+    """ptxas describes a kernel in three lines: its name, stack and spills, registers; functions it calls come after."""
     kernels, name, memory = {}, None, None
     for line in text.splitlines():
         if entry := re.search(r"Compiling entry function '(\S+)'", line):
-            name = _readable(entry[1])
+            name, memory = _readable(entry[1]), None
         elif spills := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             memory = memory or [int(number) for number in spills.groups()]
         elif name and (used := re.search(r"Used (\d+) registers", line)):

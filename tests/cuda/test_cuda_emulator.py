@@ -1,6 +1,7 @@
 """The emulator finds the faults that it is there for."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +12,80 @@ from otkd_fast.ops import _library, cost_matrix
 from otkd_fast.testing import random_problem
 
 SUM, NO_BARRIER, OVERRUN, UNWRITTEN, LONELY_BARRIER, LONELY_SHUFFLE, ODD_BLOCK = range(7)
+SOUND, NOT_BEFORE, NOT_AFTER, NOT_AT_ALL, EARLY, BEYOND, SOME_ARRIVE = range(7)  # of a cluster
 
 
 def results(core, kind):
+    return in_orders(core, lambda: core.faulty(kind))
+
+
+def in_orders(core, call):
     found = []
     for order in range(5):
         core.set_order(order)
-        found.append(core.faulty(kind))
+        found.append(call())
     core.set_order(0)
     return found
+
+
+@pytest.fixture
+def clusters(emulated_core):
+    emulated_core.set_clusters(4, 0)
+    yield emulated_core
+    emulated_core.set_order(0)
+    emulated_core.set_clusters(0, 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_blocks_of_a_cluster_reach_into_one_another(size, clusters):
+    expected = []
+    for block in range(4):
+        following = (block + 1) % size if size > 1 else 0
+        expected += [100.0 * following + (thread ^ 32) for thread in range(64)]
+    assert all(result == expected for result in in_orders(clusters, lambda: clusters.faulty_cluster(SOUND, size)))
+
+
+@pytest.mark.parametrize("fault", [NOT_BEFORE, NOT_AFTER])
+def test_a_missing_barrier_of_the_cluster_shows(fault, clusters):
+    """A block that does not wait reads what is not there yet, or what has been left: NaN, here -2."""
+    sound = clusters.faulty_cluster(SOUND, 4)
+    found = set()
+    for order in range(5):
+        clusters.set_order(order)
+        found.add(tuple(clusters.faulty_cluster(fault, 4)))
+    assert len(found) > 1
+    wrong = [value for result in found for value, right in zip(result, sound, strict=True) if value != right]
+    assert wrong and set(wrong) == {-2.0}
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (NOT_AT_ALL, "asks for shared memory of a block that has (not begun|ended)"),
+        (EARLY, "asks for shared memory of a block that has not begun"),
+        (BEYOND, "asks for block 4 of its cluster"),
+        (SOME_ARRIVE, "wait for ever"),
+    ],
+)
+def test_misuse_of_a_cluster_is_an_error(fault, message, clusters):
+    said = []
+    for order in (0, 1, 2):
+        clusters.set_order(order)
+        try:
+            clusters.faulty_cluster(fault, 4)
+        except RuntimeError as error:
+            said.append(str(error))
+    assert said and all(re.search(f"kernel ring: .*{message}", text) for text in said)
+
+
+def test_clusters_are_as_large_as_the_device_has_them(clusters):
+    with pytest.raises(RuntimeError, match="kernel ring: 4 blocks in clusters of 8"):
+        clusters.faulty_cluster(SOUND, 8)
+    with pytest.raises(RuntimeError, match="kernel ring: 4 blocks in clusters of 3"):
+        clusters.faulty_cluster(SOUND, 3)
+    clusters.set_clusters(0, 0)
+    with pytest.raises(RuntimeError, match="kernel ring: 4 blocks in clusters of 2"):
+        clusters.faulty_cluster(SOUND, 2)
 
 
 def test_a_race_depends_on_the_order_of_threads(emulated_core):

@@ -13,6 +13,7 @@ MAY_SPILL = {
     r"(differentiate_tile|solve_tile)<float, Shape<2, 8, 6, 12>>": "96 of 168 registers hold the kernel",
     r"run_backward_phase<double>": "for large problems; once a phase",
     r"(differentiate_tile|solve_tile)<double, .*>": "a double takes two registers",
+    r"differentiate_cluster<(float|double)>": "a few words, once a half-iteration; they hold sums in float64 besides",
     r"points_(block|join|once)<(float|double)>": "a word or two, once a step; on 100 up to 40 bytes, once a problem",
     r"points_gradient<(float|double), double>": "a double takes two registers; once a tile",
 }
@@ -33,7 +34,8 @@ def test_table_has_every_kernel():
         "bures_gradient", "sample_factor", "convert", "points_block", "points_join", "points_once", "points_gradient",
         "plan_product",
         "plan_gradient", "shared_range", "shared_summary", "shared_matrices", "shared_turn", "shared_product",
-        "shared_join", "shared_left", "shared_left_cost", "shared_cost_gradient",
+        "shared_join", "shared_left", "shared_left_cost", "shared_cost_gradient", "solve_cluster",
+        "differentiate_cluster",
     }  # fmt: skip
 
 

@@ -34,6 +34,13 @@ void sinkhorn_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& t
 template <class T>
 void sinkhorn_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
 
+// A part of the two above: the problem by a cluster of blocks in one launch. False: nothing was launched, the device or the
+// size are not for it. The workspace is the same.
+template <class T>
+bool sinkhorn_cluster_fwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
+template <class T>
+bool sinkhorn_cluster_bwd(const SinkhornArgs<T>& args, bool shared_cost, const Target& target);
+
 // The same with one cost for all problems, by products of matrices with exp(-C / epsilon); grad_cost is (n, m), their sum. The workspace is
 // negative where these kernels do not serve: few problems, small ones, and options other than plain iterations.
 template <class T>
