@@ -86,6 +86,10 @@ _LEFT_TO_REFERENCE = {
         "beyond 1024 x 1024, and beyond 64 x 64 indefinite matrices and, in the inverse and in the backward, singular "
         "ones: eigenvalues by PyTorch, as the reference"
     ),
+    ("gaussian_wasserstein", "triton"): (
+        "bures_distance beyond 1024 x 1024, and beyond 64 x 64 that of indefinite matrices and, with a gradient, of "
+        "singular ones: eigenvalues by PyTorch, as the reference"
+    ),
     ("sinkhorn_ragged", "triton"): "gradient='implicit': its linear solve is the reference's, problem by problem",
     ("sinkhorn", "triton"): "gradient='implicit': its linear solve is the reference's",
     ("sinkhorn_shared", "triton"): "gradient='implicit': products of matrices by PyTorch, two a step for all problems",

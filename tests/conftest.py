@@ -17,10 +17,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--triton"):
-        from otkd_fast.testing import backends, guarded
+        from otkd_fast.testing.backends import _TESTED
+        from otkd_fast.testing.guarded import repair_rounding
 
-        backends._TESTED.append("triton")
-        guarded.repair_rounding()
+        _TESTED.append("triton")
+        repair_rounding()
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,8 @@ it does not, and they are NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -142,17 +144,19 @@ def root(A: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     S = torch.where(bad[:, None, None], torch.nan, S) + broken[:, None, None]
     bounds[:, 1] = torch.where(status == DEFINITE, bounds[:, 1], 0)
     bounds += broken[:, None]
-    _from_eigenvalues(bad, S, lambda some: reference.sqrtm_fwd(A[some], inverse, "eigh")[0])
+    from_eigenvalues(bad, (S,), lambda some: reference.sqrtm_fwd(A[some], inverse, "eigh")[:1])
     return S, bounds
 
 
-def _from_eigenvalues(bad: Tensor, out: Tensor, solve) -> None:
-    """out[bad] = solve(bad), if there are any, and if the host may ask."""
+def from_eigenvalues(bad: Tensor, outputs: Sequence[Tensor | None], solve: Callable) -> None:
+    """out[bad] = answer for the outputs and answers of solve(bad), if there are any, and if the host may ask."""
     if bad.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if bool(bad.any()):
         some = bad.nonzero().squeeze(-1)
-        out[some] = solve(some)
+        for out, answer in zip(outputs, solve(some), strict=True):
+            if out is not None:
+                out[some] = answer
 
 
 def adjoint(A: Tensor, S: Tensor, bounds: Tensor, grad: Tensor, inverse: bool) -> Tensor:
@@ -167,10 +171,10 @@ def adjoint(A: Tensor, S: Tensor, bounds: Tensor, grad: Tensor, inverse: bool) -
     bad = (bounds[:, 1] == 0) | (size > LEFT_OUT[A.dtype])
     X = torch.where(bad[:, None, None], torch.nan, X)
 
-    def by_eigenvalues(some: Tensor) -> Tensor:
-        return reference.sqrtm_bwd(A[some], S[some], A.new_empty(0), grad[some], inverse, "polar")
+    def by_eigenvalues(some: Tensor) -> tuple[Tensor]:
+        return (reference.sqrtm_bwd(A[some], S[some], A.new_empty(0), grad[some], inverse, "polar"),)
 
-    _from_eigenvalues(bad, X, by_eigenvalues)
+    from_eigenvalues(bad, (X,), by_eigenvalues)
     return X
 
 

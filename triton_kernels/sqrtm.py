@@ -88,6 +88,25 @@ def off_diagonal(X, N: tl.constexpr):  # noqa: N803
 
 
 @jit
+def diagonalized(X, V, squares, d, N: tl.constexpr):  # noqa: N803
+    """Number of rounds, until what is off the diagonal of X is below rounding, in units of `squares`; V turns along.
+
+    Of X and V there are two copies, N * N apart; the rounds go from one to the other.
+    """
+    players, sweep, round = d + d % 2, tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    off = off_diagonal(X, N)
+    while (sweep < SWEEPS) & (off > squares * RESIDUE):
+        for k in range(players - 1):
+            here, there = round % 2 * N * N, (1 - round % 2) * N * N
+            turn(X + here, V + here, X + there, V + there, k, players, N)
+            round += 1
+            tl.debug_barrier()
+        off = off_diagonal(X + round % 2 * N * N, N)
+        sweep += 1
+    return round
+
+
+@jit
 def load_symmetric(A, largest, d, first, N: tl.constexpr):  # noqa: N803
     """ROWS rows from `first` on of (A + A^T) / 2 over `largest`, float64, 0 beyond d."""
     i, j = first + tl.arange(0, ROWS), tl.arange(0, N)
@@ -124,16 +143,7 @@ def root_kernel(A, S, aux, work, d, eps: tl.float64, INVERSE: tl.constexpr, N: t
         tl.store(X + (i * N)[:, None] + j[None, :], rows)
         tl.store(X + 2 * N * N + (i * N)[:, None] + j[None, :], tl.where(i[:, None] == j[None, :], 1.0, 0.0))
     tl.debug_barrier()
-    players, sweep, round = d + d % 2, tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    off = off_diagonal(X, N)
-    while (sweep < SWEEPS) & (off > squares * RESIDUE):
-        for k in range(players - 1):
-            source, target = X + round % 2 * N * N, X + (1 - round % 2) * N * N
-            turn(source, source + 2 * N * N, target, target + 2 * N * N, k, players, N)
-            round += 1
-            tl.debug_barrier()
-        off = off_diagonal(X + round % 2 * N * N, N)
-        sweep += 1
+    round = diagonalized(X, X + 2 * N * N, squares, d, N)
     X += round % 2 * N * N  # noqa: N806
     V = X + 2 * N * N  # noqa: N806
     values = tl.load(X + j * N + j)

@@ -252,4 +252,5 @@ _library.register(
     _bures_fake,
     _bures_cpu,
     cuda=_bures_cuda,
+    triton="bures:bures",
 )

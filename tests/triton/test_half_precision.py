@@ -68,6 +68,13 @@ def plain_samples(x, y):
     return (means[0] - means[1]).square().sum(-1) + X.square().sum((-2, -1)) + Y.square().sum((-2, -1)) - 2 * nuclear
 
 
+def plain_bures(A, B):
+    """tr A + tr B - 2 tr (A^(1/2) B A^(1/2))^(1/2)."""
+    root = plain_root(A)
+    trace = [X.diagonal(dim1=-2, dim2=-1).sum(-1) for X in (A, B, plain_root(root @ B @ root))]
+    return trace[0] + trace[1] - 2 * trace[2]
+
+
 def rows(*shape):
     return lambda generator: torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -107,6 +114,7 @@ CASES = {  # name: kernels', PyTorch's, operands
               (rows(5, 7), rows(5, 7))),
     "polar": (lambda K: otkd_fast.polar(K, backend="triton")[0], plain_polar, (rows(2, 4, 4),)),
     "sqrtm": (lambda A: otkd_fast.sqrtm(A, backend="triton"), plain_root, ("covariance",)),
+    "bures": (lambda A, B: otkd_fast.bures_distance(A, B, backend="triton"), plain_bures, ("covariance", "covariance")),
     "samples": (lambda x, y: otkd_fast.gaussian_wasserstein_from_samples(x, y, backend="triton"),
                 plain_samples, (rows(3, 4, 9), rows(3, 4, 9))),
     "moments": (lambda x: torch.stack(otkd_fast.feature_moments(x, dim=-1, backend="triton")),
@@ -124,10 +132,8 @@ def result(function, operands, weights):
 @pytest.mark.parametrize("name", CASES)
 def test_twice_the_error_of_pytorch(name, dtype, generator):
     ours, plain, makers = CASES[name]
-    if makers == ("covariance",):
-        operands = [covariance("geometric 1e2", 5, generator=generator, batch=(2,)).to(dtype)]
-    else:
-        operands = [make(generator).to(dtype) for make in makers]
+    matrices = lambda generator: covariance("geometric 1e2", 5, generator=generator, batch=(2,))  # noqa: E731
+    operands = [(matrices if make == "covariance" else make)(generator).to(dtype) for make in makers]
     if name == "polar":  # its gradient is refused
         plain, ours = (lambda K, f=f: f(K.detach()) + 0 * K for f in (plain, ours))
     weights = torch.randn(ours(*operands).shape, generator=generator, dtype=torch.float64)

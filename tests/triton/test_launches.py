@@ -113,6 +113,7 @@ def factors():
     for n in (20, 70):
         module_of("polar").polar_fwd(torch.rand(2, n, n), 0)
         module_of("gaussian_wasserstein").from_samples(torch.rand(2, n, 80), torch.rand(2, n, 80), False, True, True)
+    module_of("bures").bures(torch.rand(2, 20, 20), torch.rand(2, 20, 20), True, True)
 
 
 def moments():
@@ -171,6 +172,7 @@ COMPILED = {
         x, y, metric="l1", epsilon=0.1, num_iters=2).transport_cost, ((4, 3), (5, 3))),
     "sinkd": (lambda s, t: losses.sinkd(s, t), ((4, 3), (4, 3))),
     "polar": (lambda k: otkd_fast.polar(k)[1], ((2, 4, 3),)),
+    "bures": (lambda x, y: otkd_fast.bures_distance(x, y), ((2, 3, 3), (2, 3, 3))),
     "gaussian": (lambda x, y: otkd_fast.gaussian_wasserstein_from_samples(x, y), ((2, 4, 3), (2, 4, 3))),
     "moments": (lambda x: otkd_fast.feature_moments(x, dim=-1, eps=1e-5)[1], ((2, 4, 3),)),
 }  # fmt: skip
