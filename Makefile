@@ -64,7 +64,7 @@ wheel: ## a wheel for others in dist/: make wheel CUDA=cpu, or CUDA=13.0 [ARCHS=
 	@OTKD_FAST_CUDA=$(if $(filter cpu,$(CUDA)),off,$(CUDA)) OTKD_FAST_CUDA_ARCHS='$(ARCHS)' \
 		$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps -w build/wheel . > build/wheel.log 2>&1 || { \
 		grep -E -A1 '^ *(OTKD_FAST|otkd_fast)|error:' build/wheel.log | grep -vE '^(--|[[:space:]]*)$$|subprocess|end of output' >&2; \
-		sed -nE 's/.*requirement nvidia-nvvm==.*from versions: (.*)\).*/make wheel: CUDA: there is no compiler package for $(CUDA); there is \1/p' \
+		sed -nE 's/ 0\.0[^,)]*,?//g; s/.*requirement nvidia-[a-z-]+==.*from versions: *(.*)\).*/make wheel: CUDA: there is no compiler package for $(CUDA); there is \1/p' \
 			build/wheel.log | head -1 >&2; \
 		echo "make wheel: the build for CUDA=$(CUDA) failed; all messages: build/wheel.log" >&2; exit 2; }
 	@PATH="$$PWD/build/wheel-tools/bin:$$PATH" auditwheel repair -w dist build/wheel/*.whl

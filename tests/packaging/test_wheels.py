@@ -81,7 +81,7 @@ def test_cuda_wheel_holds_the_architectures(clone, root, tmp_path):
     assert not {name for name in needed(module) - LIBRARIES if not LOADER.fullmatch(name)}  # no libcudart, no driver
     said = subprocess.run(
         [sys.executable, "-c", "import _C; print(_C.build_info()['cuda_architectures']); _C.cuda_info()"],
-        cwd=module.parent, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(module.parent)}, cwd=module.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
     assert said.stdout.split() == [*ARCHITECTURES, ARCHITECTURES[-1] + "+PTX"]
