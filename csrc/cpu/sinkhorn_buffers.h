@@ -66,6 +66,7 @@ struct LoadAs {
     // Lanes [0, count), the others `fill`.
     static OTKD_INLINE Vec<S> part(const T* p, int64_t count, S fill) {
         if (count >= width<S>) return full(p);
+        if (count <= 0) return splat(fill);
         if constexpr (std::is_same_v<S, T>) {
             return load_part(p, count, fill);
         } else {
