@@ -111,7 +111,7 @@ def forward(problem, guarded, **options):
 
 
 def test_gradients_through_steps_that_are_far_from_the_last(cut, guarded, generator):
-    """The columns' potentials move from 0 by more than 330 epsilon: the backward forms its kernel anew for each half of each step."""
+    """The columns move from 0 by more than 330 epsilon: the backward forms its kernel anew for each half of a step."""
     cut(6, 201, FLOAT, 2)
     problem = random_problem(6, 201, generator=generator, batch=(2,))
     problem = problem._replace(cost=(64 * problem.cost).round() / 64)  # exact in float32, and so are its exponents
