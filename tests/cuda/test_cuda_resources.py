@@ -11,10 +11,13 @@ MEASURED = [str(arch) for arch in resources.ARCHITECTURES if str(arch) in TABLE]
 # Kernels that may spill, and why. Spilled bytes are touched once a problem or a chunk, never once an entry.
 MAY_SPILL = {
     r"(differentiate_tile|solve_tile)<float, Shape<2, 8, 6, 12>>": "96 of 168 registers hold the kernel",
-    r"run_backward_phase<double>": "for large problems; once a phase",
+    r"(differentiate_tile|solve_tile|differentiate_packed)<float, Shape<1, 8, 4, 16>>": "up to 9 words; 512 threads "
+    "leave 128 registers, of which 32 hold the kernel",
+    r"run_phase<(float|double)>": "for large problems; 4 words, once a phase",
+    r"run_backward_phase<(float|double)>": "for large problems; once a phase",
+    r"shared_left_cost<double>": "3 words on 100, in the log domain",
     r"(differentiate_tile|solve_tile)<double, .*>": "a double takes two registers",
-    r"differentiate_cluster<(float|double)>": "a few words, once a half-iteration; they hold sums in float64 besides",
-    r"points_(block|join|once)<(float|double)>": "a word or two, once a step; on 100 up to 40 bytes, once a problem",
+    r"points_(block|join|once)<(float|double)>": "up to 33 words in float32, 6 in float64, once a step",
     r"points_gradient<(float|double), double>": "a double takes two registers; once a tile",
 }
 
