@@ -24,9 +24,14 @@ def tiles(n: int, dtype: torch.dtype) -> dict[str, int]:
     return {"N": size, "num_warps": warps[size], "num_stages": 1}
 
 
+def staged(n: int, dtype: torch.dtype) -> bool:
+    """Whether operands of padded size n go through memory, for the sake of the registers."""
+    return n * dtype.itemsize > 128
+
+
 def scratch_of(problems: int, n: int, like: Tensor) -> Tensor:
     """What `polar_factor` needs for matrices that are padded to n x n."""
-    return empty((problems if n > 32 else 0, 3, n, n), like)
+    return empty((problems if staged(n, like.dtype) else 0, 3, n, n), like)
 
 
 @functools.lru_cache(maxsize=64)
@@ -74,12 +79,12 @@ def normalized(X):
 
 
 @jit
-def polar_factor(X, coefficients, steps, scratch, N: tl.constexpr):
+def polar_factor(X, coefficients, steps, scratch, N: tl.constexpr, STAGED: tl.constexpr):
     """Polar factor P of X (N, N) by `steps` odd quintics a X + X (b X^T X + c (X^T X)^2), and 1.5 P - 0.5 P P^T P.
 
     The latter is one more step. <K, .> of it is the nuclear norm: an error e of a singular value of P becomes 1.5 e^2.
-    Up to 32 x 32 the matrices stay in registers; beyond, the operands of products go through `scratch` (3, N, N), the
-    program's own, which stays in the first cache.
+    The matrices stay in registers, or the operands of products go through `scratch` (3, N, N), the program's own, which
+    stays in the first cache: always beyond 32 x 32.
     """
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     X = normalized(X)
@@ -89,7 +94,7 @@ def polar_factor(X, coefficients, steps, scratch, N: tl.constexpr):
         a = tl.load(coefficients + 3 * step)
         b = tl.load(coefficients + 3 * step + 1)
         c = tl.load(coefficients + 3 * step + 2)
-        if N <= 32:
+        if not STAGED:
             gram = product(tl.trans(X), X)
             gram = b * gram + c * product(gram, gram)
             X = a * X + product(X, gram)

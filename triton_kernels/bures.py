@@ -125,7 +125,7 @@ def distance_kernel(
     at = i * N + j
     K = staged_product(F, G, N, True)  # noqa: N806
     tl.store(work + 2 * N * N + at, K)  # in memory, for the sake of the registers
-    P, refined = polar_factor(K, coefficients, steps, work + 3 * N * N, N)  # noqa: N806
+    P, refined = polar_factor(K, coefficients, steps, work + 3 * N * N, N, N > 32)  # noqa: N806
     tl.store(work + at, P)
     tl.store(work + N * N + j * N + i, P)
     tl.debug_barrier()

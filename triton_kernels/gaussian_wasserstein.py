@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._matrix import LARGEST, batched_product, polar_batched, polar_factor, product, schedule, tiles, total
+from ._matrix import LARGEST, batched_product, polar_batched, polar_factor, product, schedule, staged, tiles, total
 from ._runtime import HELD, SIGNATURE_DTYPES, AotCase, empty, jit, on_device, tl
 
 
@@ -54,7 +54,7 @@ def _gradient(out, rows, image, offset, size, d, k, factor, divisor, N: tl.const
 @jit(generic=("n", "m", "steps", "divisor_x", "divisor_y"))
 def samples_kernel(
     x, y, value, grad_x, grad_y, coefficients, scratch, n, m, d, divisor_x, divisor_y, steps, NEED_X: tl.constexpr,
-    NEED_Y: tl.constexpr, N: tl.constexpr, BK: tl.constexpr,
+    NEED_Y: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     """One problem."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -78,7 +78,7 @@ def samples_kernel(
     i = tl.arange(0, N)
     at = i[:, None] * N + i[None, :]
     tl.store(scratch + at, K)  # in memory, for the sake of the registers
-    P, refined = polar_factor(K, coefficients, steps, scratch + N * N, N)
+    P, refined = polar_factor(K, coefficients, steps, scratch + N * N, N, STAGED)
     squares = total(offsets) + total(squares_x) / divisor_x + total(squares_y) / divisor_y
     tl.debug_barrier()
     K = tl.load(scratch + at)
@@ -124,7 +124,8 @@ def from_samples(x: Tensor, y: Tensor, unbiased: bool, need_x: bool, need_y: boo
             scratch = empty((count, 4, size["N"], size["N"]), x)
             samples_kernel[(count,)](
                 x, y, value, *grads, coefficients, scratch, n, m, d, n - unbiased, m - unbiased,
-                coefficients.shape[0] - 1, NEED_X=need_x, NEED_Y=need_y, BK=_FEATURES, **size, enable_fp_fusion=True,
+                coefficients.shape[0] - 1, NEED_X=need_x, NEED_Y=need_y, BK=_FEATURES,
+                STAGED=staged(size["N"], x.dtype), **size, enable_fp_fusion=True,
             )  # fmt: skip
     return value, *(grad.view(t.shape) if grad.numel() else grad for grad, t in zip(grads, (x, y), strict=True))
 
@@ -168,7 +169,7 @@ def aot_cases() -> list[AotCase]:
                 f"samples {n} {kind[1:5]}", samples_kernel,
                 dict.fromkeys(pointers, kind)
                 | dict.fromkeys(("n", "m", "d", "divisor_x", "divisor_y", "steps"), "i32"),
-                {"NEED_X": True, "NEED_Y": True, "N": size["N"], "BK": _FEATURES},
+                {"NEED_X": True, "NEED_Y": True, "N": size["N"], "BK": _FEATURES, "STAGED": staged(size["N"], dtype)},
                 num_warps=size["num_warps"], num_stages=1,
                 may_spill=HELD if n == 32 and dtype == torch.float64 else "",
                 quick=n == 16 and dtype == torch.float32,

@@ -9,19 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._matrix import LARGEST, polar_batched, polar_factor, product_cases, schedule, scratch_of, tiles, total
+from ._matrix import LARGEST, polar_batched, polar_factor, product_cases, schedule, scratch_of, staged, tiles, total
 from ._runtime import HELD, SIGNATURE_DTYPES, AotCase, empty, jit, on_device, tl
 
 
 @jit(generic=("n", "m", "steps"))
-def polar_kernel(K, P, norm, coefficients, scratch, n, m, steps, N: tl.constexpr):
+def polar_kernel(K, P, norm, coefficients, scratch, n, m, steps, N: tl.constexpr, STAGED: tl.constexpr):
     """Polar factor and nuclear norm of one matrix."""
     batch = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, N), tl.arange(0, N)
     mask = (i < n)[:, None] & (j < m)[None, :]
     at = batch * n * m + i[:, None] * m + j[None, :]
     given = tl.load(K + at, mask=mask, other=0)
-    factor, refined = polar_factor(given, coefficients, steps, scratch + batch * (3 * N * N), N)
+    factor, refined = polar_factor(given, coefficients, steps, scratch + batch * (3 * N * N), N, STAGED)
     tl.store(P + at, factor, mask=mask)
     given = tl.load(K + at, mask=mask, other=0)
     tl.store(norm + batch, total(given.to(tl.float64) * refined).to(norm.dtype.element_ty))
@@ -41,7 +41,8 @@ def polar_fwd(K: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         coefficients = schedule(steps, K.dtype, K.device)
         size = tiles(max(n, m), K.dtype)
         polar_kernel[(norm.numel(),)](
-            K, P, norm, coefficients, scratch_of(norm.numel(), size["N"], K), n, m, coefficients.shape[0] - 1, **size,
+            K, P, norm, coefficients, scratch_of(norm.numel(), size["N"], K), n, m, coefficients.shape[0] - 1,
+            STAGED=staged(size["N"], K.dtype), **size,
             enable_fp_fusion=True,
         )  # fmt: skip
     return P, norm
@@ -58,8 +59,8 @@ def aot_cases() -> list[AotCase]:
                 f"polar {n} {kind[1:5]}", polar_kernel,
                 dict.fromkeys(("K", "P", "norm", "coefficients", "scratch"), kind)
                 | dict.fromkeys(("n", "m", "steps"), "i32"),
-                {"N": size["N"]}, num_warps=size["num_warps"], num_stages=1,
-                may_spill=HELD if (n, dtype) in ((64, torch.float32), (32, torch.float64)) else "",
+                {"N": size["N"], "STAGED": staged(size["N"], dtype)}, num_warps=size["num_warps"], num_stages=1,
+                may_spill=HELD if (n, dtype) == (64, torch.float32) else "",
                 quick=n == 32 and dtype == torch.float32,
             ))  # fmt: skip
     return cases

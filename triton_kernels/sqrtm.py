@@ -68,11 +68,11 @@ def turn(X, V, Y, W, round, players, N: tl.constexpr):  # noqa: N803
         p = partner_of(i, round, players)
         ci, ti = rotation(X, i, p, N)
         rows, others = (i * N)[:, None], (p * N)[:, None]
-        upper = ci[:, None] * tl.load(X + rows + j[None, :]) + ti[:, None] * tl.load(X + others + j[None, :])
-        lower = ci[:, None] * tl.load(X + rows + q[None, :]) + ti[:, None] * tl.load(X + others + q[None, :])
-        tl.store(Y + rows + j[None, :], cj[None, :] * upper + tj[None, :] * lower)
-        upper, lower = tl.load(V + rows + j[None, :]), tl.load(V + rows + q[None, :])
-        tl.store(W + rows + j[None, :], cj[None, :] * upper + tj[None, :] * lower)
+        upper = ci[:, None] * tl.load(X + (rows + j[None, :])) + ti[:, None] * tl.load(X + (others + j[None, :]))
+        lower = ci[:, None] * tl.load(X + (rows + q[None, :])) + ti[:, None] * tl.load(X + (others + q[None, :]))
+        tl.store(Y + (rows + j[None, :]), cj[None, :] * upper + tj[None, :] * lower)
+        upper, lower = tl.load(V + (rows + j[None, :])), tl.load(V + (rows + q[None, :]))
+        tl.store(W + (rows + j[None, :]), cj[None, :] * upper + tj[None, :] * lower)
 
 
 @jit
@@ -244,9 +244,7 @@ def sqrtm_fwd(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]
             size = tiles(d)
             work = empty((count, 4, size["N"], size["N"]), A, torch.float64)
             eps = torch.finfo(A.dtype).eps * (1.0 if inverse else reference.derivative_level(A.dtype, d))
-            root_kernel[(count,)](
-                A, S, aux, work, d, eps, INVERSE=inverse, **size, enable_fp_fusion=True
-            )
+            root_kernel[(count,)](A, S, aux, work, d, eps, INVERSE=inverse, **size, enable_fp_fusion=True)
     return S, aux
 
 

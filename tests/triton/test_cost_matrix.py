@@ -16,6 +16,8 @@ from otkd_fast.testing import assert_close, near_coincident_rows, random_rows  #
 from otkd_fast.testing.guarded import gradients_guarded, run_guarded  # noqa: E402
 
 METRICS = ("l1", "l2", "sqeuclidean", "cosine")
+# what does not depend on the metric: by default for the simplest and for the one with a pass of its own
+FEW = [pytest.param(name, marks=() if name in ("l1", "cosine") else pytest.mark.slow) for name in METRICS]
 # tiles of 8 pairs, 32 lanes; sizes around them
 SHAPES = [(1, 1, 1), (2, 9, 33), (7, 8, 32), (8, 7, 31), (9, 1, 2)]
 
@@ -71,7 +73,7 @@ def test_dtypes(metric, dtype, generator):
     check(x, y, metric, generator=generator)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", FEW)
 def test_batches_and_shared_operands(metric, generator):
     x, y = (random_rows(2, 2, n, 9, generator=generator).float() for n in (3, 5))
     check(x, y, metric, generator=generator)
@@ -81,7 +83,7 @@ def test_batches_and_shared_operands(metric, generator):
     check(x[0].bfloat16(), y[0, 0].bfloat16(), metric, 0.8, generator=generator)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", FEW)
 def test_long_rows(metric, generator, monkeypatch):
     """Rows split between programs, softmax from a kernel of its own, gradients in pieces of a small workspace."""
     monkeypatch.setattr(host, "_SPLIT_FEATURES", 64)
@@ -96,7 +98,7 @@ def test_long_rows(metric, generator, monkeypatch):
         check(x[0].float(), y.float(), metric, 0.8, generator=generator)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", FEW)
 def test_large_tiles(metric, generator, monkeypatch):
     monkeypatch.setattr(host, "_forward_tiles", lambda double, pairs: {"BI": 16, "BJ": 32, "num_warps": 8})
     for n, m in ((1, 33), (17, 31)):
@@ -119,7 +121,7 @@ def test_cosine_does_not_depend_on_the_length_of_rows(scale, generator):
     check(x * scale, y, "cosine", needs=(False, True), generator=generator)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", FEW)
 def test_same_bits_every_time(metric, generator):
     x, y = (random_rows(n, 37, generator=generator).float().requires_grad_() for n in (9, 5))
 
@@ -139,7 +141,7 @@ def test_masked_and_large_logits():
     assert grads[0].isfinite().all()
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", FEW)
 def test_empty(metric):
     for x_shape, y_shape in (((0, 3, 4), (0, 2, 4)), ((0, 3, 4), (2, 4)), ((2, 0, 4), (2, 3, 4)), ((3, 4), (0, 4))):
         x, y = torch.ones(x_shape, requires_grad=True), torch.ones(y_shape, requires_grad=True)

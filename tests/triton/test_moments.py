@@ -23,8 +23,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+WIDE = [(case, torch.float64) for case in CASES]  # the same masks again
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [(case, torch.float32) for case in CASES] + WIDE[:2] + [pytest.param(*w, marks=pytest.mark.slow) for w in WIDE[2:]],
+    ids=str,
+)
 def test_against_the_reference(case, dtype, generator):
     shape, dim, grid = case
     unbiased = shape in ((3, 4), (2, 130), (2, 3, 4, 5))

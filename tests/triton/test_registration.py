@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,3 +61,12 @@ def test_every_module_declares_cases_with_names_of_their_own():
     assert len(names) == len(set(names)) > 50
     assert set(aot.modules()) >= {"cost_matrix", "gaussian_wasserstein", "moments", "polar", "sinkd", "sinkhorn"}
     assert any(case.quick for _, case in aot.cases())
+
+
+def test_no_atomics():
+    """So that the order of a sum does not depend on which program is the first."""
+    from otkd_fast import triton_kernels
+
+    sources = sorted(Path(triton_kernels.__path__[0]).glob("*.py"))
+    assert len(sources) > 20
+    assert [path.name for path in sources if "atomic" in path.read_text()] == []

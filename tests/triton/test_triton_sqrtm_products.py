@@ -49,8 +49,13 @@ def exact(A, G=None, inverse=False):
     return S if G is None else reference.sqrtm_bwd(A.double(), S, aux, G.double(), inverse, "eigh")
 
 
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("d, count, dtype", [(1, 2, F32), (5, 2, F32), (5, 2, F64)], ids=str)
+SIZES = [(1, 2, F32, True), (5, 2, F32, False), (5, 2, F32, True), (5, 2, F64, False)]
+SLOW_SIZES = [(1, 2, F32, False), (5, 2, F64, True)]
+
+
+@pytest.mark.parametrize(
+    "d, count, dtype, inverse", SIZES + [pytest.param(*size, marks=pytest.mark.slow) for size in SLOW_SIZES], ids=str
+)
 def test_sizes(d, count, dtype, inverse, generator, alone):
     A = covariance("geometric 1e2", d, generator=generator, batch=(count,)).to(dtype)
     G = torch.randn(A.shape, generator=generator, dtype=F64).to(dtype)
