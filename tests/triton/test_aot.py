@@ -18,8 +18,8 @@ SAME_VERSION = {table["triton"] for table in TABLES} == {triton.__version__}
 # shared memory a block may have, bytes, and registers of a multiprocessor: what a launch is refused for
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
-# bytes that another Triton's ptxas may spill where the tables' does not (3.6 to 3.8, as measured: 8 to 32)
-OTHER_VERSIONS_SPILL = 0 if SAME_VERSION else 32
+# bytes that another Triton's ptxas may spill where the tables' does not (3.6 to 3.8, as measured: 8 to 72)
+OTHER_VERSIONS_SPILL = 0 if SAME_VERSION else 72
 
 
 def check(report, may_spill):
