@@ -184,7 +184,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-memory", action="store_true", help="leave out the measurements of peak memory")
     add("--no-scaling", action="store_true", help="leave out how the time grows with n, B, d and T")
     add("--merge", action="store_true", help="keep the rest of what the file already holds")
-    add("--minutes", type=float, default=7.5, help="after these the rest is timed shortly, and nothing is compiled")
+    add("--minutes", type=float, default=6.5, help="after these the rest is timed shortly, and nothing is compiled")
     add("--full", action="store_true", help="torch.compile at every size: some five minutes more")
     add("--quick", action="store_true", help="first size of each family, short times, nothing compiled: a trial")
     options = parser.parse_args(arguments)
