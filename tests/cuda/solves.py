@@ -6,6 +6,15 @@ import otkd_fast
 from otkd_fast import reference
 from otkd_fast.testing import assert_close
 
+OPTIONS = [
+    {"tol": 1e-3},
+    {"tol": 1e-3, "gradient": "last_step"},
+    {"relaxation": 1.3, "gradient": "envelope"},
+    {"relaxation": "auto", "gradient": "envelope", "tol": 1e-4},
+    {"marginal_penalty": 0.7},
+    {"marginal_penalty": (None, 0.5), "gradient": "last_step"},
+    {"marginal_penalty": (0.4, None), "tol": 1e-3, "gradient": "envelope"},
+]
 QUANTITIES = ("transport_cost", "regularized_cost", "f", "g", "marginal_error")
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from solves import solve_both
+from solves import OPTIONS, solve_both
 
 import otkd_fast
 from otkd_fast import reference
@@ -165,20 +165,7 @@ def test_not_a_number_stays_in_its_problem(cut, emulated, generator):
     assert result.transport_cost[0].isnan() and result.transport_cost[1].isfinite()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tol": 1e-3},
-        {"tol": 1e-3, "gradient": "last_step"},
-        {"relaxation": 1.3, "gradient": "envelope"},
-        {"relaxation": "auto", "gradient": "envelope", "tol": 1e-4},
-        {"marginal_penalty": 0.7},
-        {"marginal_penalty": (None, 0.5), "gradient": "last_step"},
-        {"marginal_penalty": (0.4, None), "tol": 1e-3, "gradient": "envelope"},
-        {"update_first": "b"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [*OPTIONS, {"update_first": "b"}], ids=str)
 def test_options(options, cut, guarded, generator):
     n, m = (130, 7) if options.get("update_first") == "b" else (7, 130)
     cut(7, 130, DOUBLE, 2)

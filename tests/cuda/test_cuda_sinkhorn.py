@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from solves import solve_both
+from solves import OPTIONS, solve_both
 
 import otkd_fast
 from otkd_fast.ops import sinkhorn_shared
@@ -60,19 +60,7 @@ def test_a_range_beyond_scalings_is_found_per_problem(guarded, generator):
 
 
 @pytest.mark.parametrize("size", [(6, 7), (3, 130)], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tol": 1e-3},
-        {"tol": 1e-3, "gradient": "last_step"},
-        {"relaxation": 1.3, "gradient": "envelope"},
-        {"relaxation": "auto", "gradient": "envelope", "tol": 1e-4},
-        {"marginal_penalty": 0.7},
-        {"marginal_penalty": (None, 0.5), "gradient": "last_step"},
-        {"marginal_penalty": (0.4, None), "tol": 1e-3, "gradient": "envelope"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(options, size, guarded, generator):
     problem = random_problem(*size, generator=generator, batch=(2,))
     problem.cost[1] *= 4  # the problems stop at different iterations
