@@ -10,6 +10,7 @@
 #include "otkd_fast/sqrtm.h"
 
 #include "lyapunov.h"
+#include "sqrtm_halves.h"
 #include "sqrtm_jacobi.h"
 #include "sqrtm_lanes.h"
 #include "sqrtm_polar.h"
@@ -19,12 +20,19 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
+constexpr int64_t kLanesRoot = 128;            // largest float32 matrices whose eigenvectors are computed with one in each lane
 constexpr int64_t kParallelWork = 500 * 1000;  // multiply-adds, about 10 us of one thread
 
 // Whether products run with a matrix in each lane.
 template <class T>
 bool in_lanes(const SqrtmArgs<T>& args, bool backward) {
     return args.algorithm == SqrtmAlgorithm::polar && !backward && !args.inverse && args.d <= kLaneRoot && 2 * args.batch >= width<T>;
+}
+
+// Whether the eigenvectors of a tridiagonal form come from those of its halves, a matrix a thread.
+template <class T>
+bool halved(const SqrtmArgs<T>& args) {
+    return std::is_same_v<T, float> && args.algorithm == SqrtmAlgorithm::tridiagonal && args.d > kLanesRoot;
 }
 
 template <class Work>
@@ -39,6 +47,7 @@ template <class T>
 int64_t bytes_a_thread(const SqrtmArgs<T>& args, bool backward) {
     const int64_t d = args.d;
     if (args.algorithm == SqrtmAlgorithm::jacobi) return bytes_of<JacobiRoot<T>>(d);
+    if (halved(args) && !backward) return bytes_of<HalvesRoot<float>>(d);
     if (args.algorithm == SqrtmAlgorithm::tridiagonal) return backward ? bytes_of<TridiagonalAdjoint<T>>(d) : bytes_of<TridiagonalRoot<T>>(d);
     if (backward) return bytes_of<Lyapunov<T>>(d);
     return d <= kLaneRoot ? std::max(bytes_of<PolarRoot<T>>(d), bytes_of<LaneRoot<T>>(d)) : bytes_of<PolarRoot<T>>(d);
@@ -148,6 +157,10 @@ void run(const SqrtmArgs<T>& args, bool adjoint) {
                     for_matrices<TridiagonalAdjoint<T>>(args, bytes, team, [](const auto& a, auto& work, int64_t index, const Team& own) {
                         work.solve(a, index, own);
                     });
+                } else if (halved(args)) {
+                    if constexpr (std::is_same_v<T, float>) {
+                        for_pieces<HalvesRoot<T>>(args, bytes, 1, team, [&](auto& work, int64_t index, int64_t) { work.forward(args, index); });
+                    }
                 } else {
                     for_pieces<TridiagonalRoot<T>>(args, bytes, LaneEigen::kMatrices, team, [&](auto& work, int64_t begin, int64_t count) {
                         work.forward(args, begin, count);

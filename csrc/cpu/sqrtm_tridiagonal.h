@@ -16,6 +16,48 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
+// The root from eigenvalues and eigenvectors, and what the adjoint needs of them.
+template <class T>
+struct EigenRoot {
+    int64_t n;
+    Panels<T> factor, root;
+
+    EigenRoot(int64_t size, Arena& memory) : n(size) {
+        const int64_t rows = round_up(n, kPanel<T>);
+        for (Panels<T>* piece : {&factor, &root}) *piece = {memory.take<T>(rows * rows), rows};
+    }
+
+    // Root of matrix `index` and the last row of its aux, from eigenvectors in the rows of `factor` and eigenvalues `step` apart of the matrix over 2^exponent;
+    // broken: NaN where that is not finite, else 0.
+    void finish(const SqrtmArgs<T>& args, int64_t index, const double* values, int64_t step, int exponent, T broken) const {
+        T* roots = args.aux + index * (n + 1) * n + n * n;
+        double squares = 0;
+        for (int64_t k = 0; k < n; ++k) squares += values[k * step] * values[k * step];
+        // reference/sqrtm.py says why the gradient has a level of its own, reference/psd_factor.py what float64 needs more
+        const double root_n = std::sqrt(static_cast<double>(n));
+        const double share = sizeof(T) == sizeof(double) ? 2 + root_n / 4 : args.inverse ? 1.0 : std::fmin(0.5, 1 / root_n);
+        const double level = share * std::numeric_limits<T>::epsilon() * std::sqrt(squares);
+        for (int64_t k = 0; k < n; ++k) {
+            const double value = values[k * step];
+            const bool kept = value > level;
+            const double scaled = std::ldexp(value > 0 ? std::sqrt(value) : 0.0, exponent / 2);
+            roots[k] = static_cast<T>(kept ? scaled : -scaled) + broken;
+            const double weight = args.inverse ? (kept ? 1 / scaled : 0.0) : scaled;
+            scale_row(k, static_cast<T>(std::sqrt(weight)) + broken);
+        }
+        multiply_symmetric(factor, factor, root, n, FullDepth{n}, Team{0, 1, nullptr}, [](Vec<T> sum, int64_t) { return sum; });
+        store_panels(root, n, n, false, args.root + index * n * n);
+    }
+
+  private:
+    void scale_row(int64_t k, T weight) const {
+        for (int64_t p = 0; p < panels_of<T>(n); ++p) {
+            T* row = factor.data + p * factor.stride() + k * kPanel<T>;
+            for (int v = 0; v < kPanel<T>; v += width<T>) store(row + v, load(row + v) * weight);
+        }
+    }
+};
+
 template <class T>
 struct TridiagonalRoot {
     // a float matrix does not tell couplings of this size from 0
@@ -25,15 +67,12 @@ struct TridiagonalRoot {
     int64_t n;
     LaneEigen eigen;
     T* vectors;  // (n, n, width<double>): eigenvectors in rows
-    Panels<T> factor, root;
+    EigenRoot<T> composer;
     int exponent[kMatrices];
     T broken[kMatrices];  // NaN where the matrix is not finite, else 0
 
     TridiagonalRoot(int64_t size, Arena& memory)
-        : n(size), eigen(size, kNegligible, memory), vectors(memory.take<T>(n * n * width<double>)) {
-        const int64_t rows = round_up(n, kPanel<T>);
-        for (Panels<T>* piece : {&factor, &root}) *piece = {memory.take<T>(rows * rows), rows};
-    }
+        : n(size), eigen(size, kNegligible, memory), vectors(memory.take<T>(n * n * width<double>)), composer(size, memory) {}
 
     // Matrices [begin, begin + count) of the batch.
     void forward(const SqrtmArgs<T>& args, int64_t begin, int64_t count) {
@@ -45,7 +84,9 @@ struct TridiagonalRoot {
         }
         for (int64_t m = 0; m < count; ++m) {
             args.unsolved[begin + m] = !solved;
-            finish(args, begin + m, m);
+            load_panels(args.aux + (begin + m) * (n + 1) * n, n, n, false, PowerOfTwo<T>(0), composer.factor);
+            const double* values = eigen.groups[m / width<double>].diagonal + m % width<double>;
+            composer.finish(args, begin + m, values, width<double>, exponent[m], broken[m]);
         }
     }
 
@@ -75,36 +116,6 @@ struct TridiagonalRoot {
             }
         }
         transpose(vectors, int64_t{width<double>}, aux, (n + 1) * n, n * n, count);
-    }
-
-    // Root of matrix `index` and the last row of its aux, from the eigenvectors there.
-    void finish(const SqrtmArgs<T>& args, int64_t index, int64_t m) {
-        const double* values = eigen.groups[m / width<double>].diagonal + m % width<double>;
-        T* aux = args.aux + index * (n + 1) * n;
-        double squares = 0;
-        for (int64_t k = 0; k < n; ++k) squares += values[k * width<double>] * values[k * width<double>];
-        // reference/sqrtm.py says why the gradient has a level of its own, reference/psd_factor.py what float64 needs more
-        const double root_n = std::sqrt(static_cast<double>(n));
-        const double share = sizeof(T) == sizeof(double) ? 2 + root_n / 4 : args.inverse ? 1.0 : std::fmin(0.5, 1 / root_n);
-        const double level = share * std::numeric_limits<T>::epsilon() * std::sqrt(squares);
-        load_panels(aux, n, n, false, PowerOfTwo<T>(0), factor);
-        for (int64_t k = 0; k < n; ++k) {
-            const double value = values[k * width<double>];
-            const bool kept = value > level;
-            const double scaled = std::ldexp(value > 0 ? std::sqrt(value) : 0.0, exponent[m] / 2);
-            aux[n * n + k] = static_cast<T>(kept ? scaled : -scaled) + broken[m];
-            const double weight = args.inverse ? (kept ? 1 / scaled : 0.0) : scaled;
-            scale_row(k, static_cast<T>(std::sqrt(weight)) + broken[m]);
-        }
-        multiply_symmetric(factor, factor, root, n, FullDepth{n}, Team{0, 1, nullptr}, [](Vec<T> sum, int64_t) { return sum; });
-        store_panels(root, n, n, false, args.root + index * n * n);
-    }
-
-    void scale_row(int64_t k, T weight) const {
-        for (int64_t p = 0; p < panels_of<T>(n); ++p) {
-            T* row = factor.data + p * factor.stride() + k * kPanel<T>;
-            for (int v = 0; v < kPanel<T>; v += width<T>) store(row + v, load(row + v) * weight);
-        }
     }
 };
 
