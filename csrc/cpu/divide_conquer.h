@@ -4,7 +4,7 @@
 //
 // z is made of the last row of Q_1 and the first of Q_2, which are kept in double; Q and U are of T, as nothing but the result is
 // formed from them. Vectors lie in rows, those of a part where its columns are. Where z is 0 or two values are equal at the level
-// `negligible`, a vector stays as it is, two of them after a rotation. What is left is multiplied: 4 n^3 / 3 multiply-adds for
+// of rounding, a vector stays as it is, two of them after a rotation. What is left is multiplied: 4 n^3 / 3 multiply-adds for
 // all halves, if nothing stays.
 #pragma once
 #include <algorithm>
@@ -23,8 +23,8 @@ class DivideConquer {
     double* values;     // (n,): their eigenvalues, in no order
 
     // `gathered` and `weights` are scratch, (n, n) and (n, n + 2 kUnit).
-    DivideConquer(int64_t size, double negligible, const Panels<T>& eigenvectors, const Panels<T>& gathered, const Panels<T>& weights, Arena& memory)
-        : vectors(eigenvectors), n_(size), negligible_(negligible), gathered_(gathered), weights_(weights), secular_(size, memory) {
+    DivideConquer(int64_t size, const Panels<T>& eigenvectors, const Panels<T>& gathered, const Panels<T>& weights, Arena& memory)
+        : vectors(eigenvectors), n_(size), gathered_(gathered), weights_(weights), secular_(size, memory) {
         const int64_t padded = round_up(size, kUnit);
         for (double** piece : {&values, &first_, &last_, &z_, &vector_, &first_kept_, &last_kept_}) *piece = memory.take<double>(padded);
         leaf_ = memory.take<double>(kLeaf * kLeaf);
@@ -39,15 +39,16 @@ class DivideConquer {
         coupling_ = coupling;
         double size = 0;
         for (int64_t k = 0; k < n_; ++k) size = std::fmax(size, std::fabs(diagonal[k]) + (k + 1 < n_ ? std::fabs(coupling[k]) : 0.0));
-        level_ = negligible_ * size;
+        level_ = kNegligible * size;
         return solve(0, n_);
     }
 
+    static constexpr double kNegligible = 1e-15;       // relative to the matrix
     static constexpr int64_t kUnit = 16, kLeaf = 32;  // parts begin at multiples of kUnit, a whole number of panels
 
   private:
     int64_t n_;
-    double negligible_, level_ = 0;
+    double level_ = 0;
     Panels<T> gathered_, weights_;
     Secular secular_;
     double *diagonal_ = nullptr, *coupling_ = nullptr;
@@ -77,7 +78,7 @@ class DivideConquer {
         for (int64_t k = 0; k < count; ++k) {
             for (int sweep = 0;; ++sweep) {
                 int64_t end = k;
-                while (end + 1 < count && std::fabs(e[end]) > 0.01 * level_) ++end;
+                while (end + 1 < count && std::fabs(e[end]) > 0.25 * level_) ++end;
                 if (end == k) break;
                 if (sweep == kMostSweeps) return false;
                 chase(d, e, k, end);

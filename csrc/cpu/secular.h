@@ -62,8 +62,7 @@ class Secular {
     typedef VecInt<double> Index;
     static constexpr int64_t kLanes = 8;
     static constexpr int kMostSteps = 200;
-    // of f, relative to the terms it is summed from: far above their rounding, far below what a float32 vector keeps
-    static constexpr double kSmall = 1e-14;
+    static constexpr double kSmall = 4e-15;  // of f, relative to the terms it is summed from
 
     int64_t size_ = 0, padded_ = 0;
     double inverse_ = 0;  // 1 / rho
@@ -122,6 +121,11 @@ class Secular {
             high = near ? 0.5 * gap : 0;
             step = near ? step : -step;
         }
+        return approach(k, split, sums, low, high, step);
+    }
+
+    // Root k, from `step` on, the distance from its pole, in the bracket (low, high)
+    bool approach(int64_t k, int64_t split, Sums sums, double low, double high, double step) {
         const double pole = d[origin_[k]];
         double before = std::numeric_limits<double>::infinity();
         for (int count = 0; count < kMostSteps; ++count) {

@@ -20,7 +20,7 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
-constexpr int64_t kLanesRoot = 128;            // largest float32 matrices whose eigenvectors are computed with one in each lane
+constexpr int64_t kLanesRoot = 96;             // largest float32 matrices whose eigenvectors are computed with one in each lane (ops/sqrtm.py)
 constexpr int64_t kParallelWork = 500 * 1000;  // multiply-adds, about 10 us of one thread
 
 // Whether products run with a matrix in each lane.

@@ -16,16 +16,16 @@ struct HalvesRoot {
     int64_t n, rows;
     MatrixForm form;
     EigenRoot<T> composer;
-    Panels<T> weights, reflectors, share, weighted;
-    double *gram, *triangle;
+    Panels<T> weights, reflectors, small, share, weighted;
+    double* triangle;
     DivideConquer<T> halves;
 
     HalvesRoot(int64_t size, Arena& memory)
         : n(size), rows(round_up(n, kPanel<T>)), form(size, memory), composer(size, memory),
           weights(panels(n + 2 * DivideConquer<T>::kUnit, memory)), reflectors(panels(WayBack<T>::kWide, memory)),
-          share(panels(WayBack<T>::kWide, memory)), weighted(panels(WayBack<T>::kWide, memory)),
-          gram(memory.take<double>(WayBack<T>::kWide)), triangle(memory.take<double>(WayBack<T>::kWide * WayBack<T>::kWide)),
-          halves(size, TridiagonalRoot<T>::kNegligible, composer.factor, composer.root, weights, memory) {}
+          small(panels(WayBack<T>::kWide, memory)), share(panels(WayBack<T>::kWide, memory)), weighted(panels(WayBack<T>::kWide, memory)),
+          triangle(memory.take<double>(WayBack<T>::kWide * WayBack<T>::kWide)),
+          halves(size, composer.factor, composer.root, weights, memory) {}
 
     void forward(const SqrtmArgs<T>& args, int64_t index) {
         const T* matrix = args.matrix + index * n * n;
@@ -34,7 +34,7 @@ struct HalvesRoot {
         read(matrix, broken == 0, exponent);
         form.reduce();
         args.unsolved[index] = !halves.solve(form.diagonal, form.coupling);
-        WayBack<T>{form, reflectors, composer.root, share, weighted, gram, triangle}.run(composer.factor);
+        WayBack<T>{form, composer.root, reflectors, small, share, weighted, triangle}.run(composer.factor);
         store_panels(composer.factor, n, n, false, args.aux + index * (n + 1) * n);
         composer.finish(args, index, halves.values, 1, exponent, broken);
     }

@@ -18,6 +18,7 @@ class MatrixForm {
   public:
     static constexpr int64_t kBlock = 8;
     static constexpr int kRows = 4, kPairs = 8;
+    static constexpr double kNothing = 1e-280;  // squares of entries that count 0, where the largest is about 1: above what is rounded as a subnormal
 
     int64_t n, size, ld;         // n rounded up to kBlock; the distance of rows
     double* a;                   // (size, ld): the matrix, its upper triangle and diagonal blocks; then reflectors in rows
@@ -90,7 +91,7 @@ class MatrixForm {
         double squares = 0;
         for (int64_t j = k + 2; j < n && j < block_of(k + 2) + kBlock; ++j) squares += own[j] * own[j];
         squares += dot(own, own, block_of(k + 2) + kBlock, size);
-        if (!(squares > 0)) return;
+        if (!(squares > kNothing)) return;
         const double norm = std::sqrt(first * first + squares), beta = first > 0 ? -norm : norm, unit = 1 / (first - beta);
         scale[k] = (beta - first) / beta;
         coupling[k] = beta;
@@ -110,15 +111,16 @@ class MatrixForm {
 
     template <bool kUpdate>
     OTKD_INLINE void multiply_rows(int64_t i) {
-        V sums[kRows] = {};
+        V sums[kRows] = {}, own[kRows];
+        for (int r = 0; r < kRows; ++r) own[r] = splat(reflector_[i + r]);
         int64_t j = block_of(i);
-        for (const int64_t end = j + kBlock; j < end; j += width<double>) multiply_vectors<kUpdate, true>(i, j, sums);
-        for (; j < size; j += width<double>) multiply_vectors<kUpdate, false>(i, j, sums);
+        for (const int64_t end = j + kBlock; j < end; j += width<double>) multiply_vectors<kUpdate, true>(i, j, own, sums);
+        for (; j < size; j += width<double>) multiply_vectors<kUpdate, false>(i, j, own, sums);
         for (int r = 0; r < kRows; ++r) image_[i + r] += sum<double>(sums[r]);
     }
 
     template <bool kUpdate, bool kDiagonal>
-    OTKD_INLINE void multiply_vectors(int64_t i, int64_t j, V (&sums)[kRows]) {
+    OTKD_INLINE void multiply_vectors(int64_t i, int64_t j, const V (&own)[kRows], V (&sums)[kRows]) {
         V entries[kRows];
         for (int r = 0; r < kRows; ++r) entries[r] = load(row(i + r) + j);
         if constexpr (kUpdate) {
@@ -133,7 +135,7 @@ class MatrixForm {
         for (int r = 0; r < kRows; ++r) sums[r] += entries[r] * other;
         if constexpr (!kDiagonal) {
             V total = load(image_ + j);
-            for (int r = 0; r < kRows; ++r) total += splat(reflector_[i + r]) * entries[r];
+            for (int r = 0; r < kRows; ++r) total += own[r] * entries[r];
             store(image_ + j, total);
         }
     }
@@ -163,15 +165,15 @@ class MatrixForm {
 // factor (Schreiber and Van Loan, SIAM J. Sci. Stat. Comput. 10, 1989). n^3 multiply-adds.
 template <class T>
 struct WayBack {
-    static constexpr int64_t kWide = 96;
+    static constexpr int64_t kWide = 48;
     struct From {
         int64_t begin, depth;
         Span operator()(int64_t, int64_t) const { return {begin, depth}; }
     };
 
     const MatrixForm& form;
-    Panels<T> columns, lines, share, weighted;  // Y; Y^T; rows Y; rows Y F^T
-    double *gram, *factor;                      // (kWide, kWide) each
+    Panels<T> lines, columns, small, share, weighted;  // Y^T; Y; Y^T Y, then F^T; rows Y; rows Y F^T
+    double* factor;                                    // (kWide, kWide), F in columns
 
     void run(const Panels<T>& rows) const {
         const int64_t n = form.n, last = n < 3 ? 0 : n - 2;
@@ -185,51 +187,45 @@ struct WayBack {
         const int64_t n = form.n, begin = k / kPanel<T> * kPanel<T>;
         const auto keep = [](Vec<T> sum, int64_t) { return sum; };
         const Team alone{0, 1, nullptr};
-        load(k, count, begin);
+        read(k, count, begin);
+        multiply_symmetric(columns, columns, small, count, From{begin, n}, alone, keep);
         make_factor(k, count);
         multiply(rows, columns, share, n, count, From{begin, n}, alone, keep);
-        for (int64_t i = 0; i < count; ++i) {
-            for (int64_t j = 0; j < round_up(count, kPanel<T>); ++j) columns.at(i, j) = j < count && i >= j ? static_cast<T>(factor[j * kWide + i]) : T(0);
-        }
-        multiply(share, columns, weighted, n, count, FullDepth{count}, alone, keep);
+        multiply(share, small, weighted, n, count, FullDepth{count}, alone, keep);
         const auto shifted = [begin](const Panels<T>& p) { return Panels<T>{p.data + p.offset(0, begin), p.rows}; };
         const Panels<T> target = shifted(rows);
         multiply(weighted, shifted(lines), target, n, n - begin, FullDepth{count}, alone,
-                 [&](Vec<T> sum, int64_t at) { return otkd_fast::OTKD_ISA::load(target.data + at) - sum; });
+                 [&](Vec<T> sum, int64_t at) { return load(target.data + at) - sum; });
     }
 
-    void load(int64_t k, int64_t count, int64_t begin) const {
-        const int64_t n = form.n, wide = round_up(count, kPanel<T>);
-        for (int64_t j = 0; j < wide; ++j) {
-            const double* u = form.reflector(k + j);
-            for (int64_t i = begin; i < n; ++i) columns.at(i, j) = j < count && i > k + j ? static_cast<T>(u[i]) : T(0);
-        }
-        for (int64_t j = 0; j < count; ++j) {
-            const double* u = form.reflector(k + j);
-            for (int64_t i = begin; i < round_up(n, kPanel<T>); ++i) lines.at(j, i) = i > k + j && i < n ? static_cast<T>(u[i]) : T(0);
+    // Y^T and Y from row `begin` on
+    void read(int64_t k, int64_t count, int64_t begin) const {
+        const int64_t n = form.n, padded = round_up(count, kPanel<T>);
+        for (int64_t i = begin; i < n; i += kPanel<T>) {
+            for (int64_t j = 0; j < padded; ++j) {
+                const double* u = form.reflector(k + (j < count ? j : 0));
+                T* line = lines.data + lines.offset(j, i);
+                for (int64_t c = 0; c < kPanel<T>; ++c) line[c] = j < count && i + c < n && i + c > k + j ? static_cast<T>(u[i + c]) : T(0);
+            }
+            for (int64_t j = 0; j < padded; j += kPanel<T>) {
+                transpose(lines.data + lines.offset(j, i), int64_t{kPanel<T>}, columns.data + columns.offset(i, j), int64_t{kPanel<T>}, kPanel<T>, kPanel<T>);
+            }
         }
     }
 
-    // factor, upper triangular: H_k ... H_(k + count - 1) = I - Y factor Y^T
+    // H_k ... H_(k + count - 1) = I - Y F Y^T, F upper triangular; its transpose takes the place of Y^T Y
     void make_factor(int64_t k, int64_t count) const {
         for (int64_t j = 0; j < count; ++j) {
-            const double own = form.scale[k + j];
-            const double* u = form.reflector(k + j);
-            for (int64_t i = 0; i < j; ++i) {
-                const double* other = form.reflector(k + i);
-                Vec<double> total = {};
-                int64_t p = k + j + 1;
-                double rest = 0;
-                for (; p % width<double> != 0 && p < form.n; ++p) rest += u[p] * other[p];
-                for (; p < form.size; p += width<double>) total += otkd_fast::OTKD_ISA::load(u + p) * otkd_fast::OTKD_ISA::load(other + p);
-                gram[i] = rest + sum<double>(total);
+            double* own = factor + j * kWide;
+            for (int64_t i = 0; i < kWide; ++i) own[i] = 0;
+            for (int64_t p = 0; p < j; ++p) {
+                const Vec<double> share_of = splat(-form.scale[k + j] * small.at(p, j));
+                for (int64_t i = 0; i <= p; i += width<double>) store(own + i, load(own + i) + share_of * load(factor + p * kWide + i));
             }
-            for (int64_t i = 0; i < j; ++i) {
-                double total = 0;
-                for (int64_t p = i; p < j; ++p) total += factor[i * kWide + p] * gram[p];
-                factor[i * kWide + j] = -own * total;
-            }
-            factor[j * kWide + j] = own;
+            own[j] = form.scale[k + j];
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t j = 0; j < round_up(count, kPanel<T>); ++j) small.at(i, j) = j < count ? static_cast<T>(factor[i * kWide + j]) : T(0);
         }
     }
 };

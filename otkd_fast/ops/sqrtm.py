@@ -19,12 +19,13 @@ from ._library import native
 
 KERNELS = {"jacobi": 0, "polar": 1, "tridiagonal": 2}
 JACOBI_LIMIT = 24
-# sizes up to which eigenvectors in double are worth while, in batches that fill the lanes of two threads or so
-TRIDIAGONAL_LIMIT, TRIDIAGONAL_BATCH = 128, 32
+# float32 sizes up to which csrc/cpu/sqrtm.cpp computes eigenvectors with a matrix in each lane, worth while in batches
+# that fill the lanes of two threads or so; beyond, by halves, a matrix at a time, in any batch
+LANES_LIMIT, LANES_BATCH = 96, 32
 CUDA_JACOBI_LIMIT, CUDA_LIMIT = 32, 2048
 # without a gradient, sizes that products serve faster than eigenvectors: with a matrix in each lane of a vector, and
-# large ones
-ALONE, ALONE_BATCH, ALONE_LARGE = range(12, JACOBI_LIMIT + 1), 8, 40
+# middle ones
+ALONE, ALONE_BATCH, ALONE_MIDDLE = range(12, JACOBI_LIMIT + 1), 8, range(41, 129)
 
 
 def chosen(algorithm: str, A: Tensor) -> str:
@@ -34,7 +35,7 @@ def chosen(algorithm: str, A: Tensor) -> str:
     *batch, d, _ = A.shape
     if d <= JACOBI_LIMIT:
         return "jacobi"
-    if A.dtype == torch.float32 and d <= TRIDIAGONAL_LIMIT and _library.product(batch) >= TRIDIAGONAL_BATCH:
+    if A.dtype == torch.float32 and (d > LANES_LIMIT or _library.product(batch) >= LANES_BATCH):
         return "tridiagonal"
     return "polar"
 
@@ -53,7 +54,7 @@ def chosen_alone(algorithm: str, A: Tensor) -> str:
     if algorithm != "auto" or A.dtype != torch.float32:
         return algorithm
     side_by_side = A.shape[-1] in ALONE and _library.product(A.shape[:-2]) >= ALONE_BATCH
-    return "polar" if side_by_side or A.shape[-1] > ALONE_LARGE else algorithm
+    return "polar" if side_by_side or A.shape[-1] in ALONE_MIDDLE else algorithm
 
 
 def _aux(A: Tensor, algorithm: str) -> Tensor:

@@ -108,6 +108,7 @@ void exercise(int threads) {
             }
         }
     }
+    for (int64_t d : {97, 130}) sqrtm<T>(3, d, d == 97 ? d + 3 : d / 2, false, SqrtmAlgorithm::tridiagonal, threads);
     // one row, few rows, more rows than features, small problems side by side, large ones
     for (const Shape& shape : std::vector<Shape>{{1, 1, 1, 1}, {2, 1, 4, 3}, {3, 9, 7, 2}, {20, 16, 15, 37}, {2, 49, 33, 70}, {2, 90, 70, 40}, {20, 30, 20, 5}}) {
         gaussian_samples<T>(shape, threads);

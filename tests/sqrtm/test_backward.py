@@ -46,12 +46,14 @@ def test_against_the_lyapunov_equation(backend, algorithm, dtype, d, inverse, ge
 
 
 @pytest.mark.parametrize("backend", backends("sqrtm", compiled_only=True))
-def test_sums_of_several_slices(backend, generator):
+@pytest.mark.parametrize("algorithm", ["polar", "tridiagonal"])
+def test_sums_of_several_slices(backend, algorithm, generator):
     """Beyond 256 rows a product is summed in slices."""
     A = covariance("geometric 1e2", 270, generator=generator).float()
     G = torch.randn(270, 270, generator=generator)
-    assert_norm_close(gradient(A, G, backend=backend), lyapunov(A.double(), G.double()), 4e-5)
-    S = otkd_fast.sqrtm(A, backend=backend)
+    options = {"algorithm": algorithm, "backend": backend}
+    assert_norm_close(gradient(A, G, **options), lyapunov(A.double(), G.double()), 4e-5)
+    S = otkd_fast.sqrtm(A, **options)
     assert_norm_close(S.double() @ S.double(), A.double(), tolerance("sqrtm", "residual", torch.float32).rtol)
 
 

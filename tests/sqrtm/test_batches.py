@@ -6,10 +6,10 @@ import torch
 import otkd_fast
 from otkd_fast.ops.sqrtm import (
     ALONE,
-    ALONE_LARGE,
+    ALONE_MIDDLE,
     JACOBI_LIMIT,
-    TRIDIAGONAL_BATCH,
-    TRIDIAGONAL_LIMIT,
+    LANES_BATCH,
+    LANES_LIMIT,
     chosen,
     chosen_alone,
 )
@@ -34,13 +34,14 @@ def test_what_auto_means():
         A = torch.empty(batch, d, d, dtype=dtype)
         return chosen("auto", A), chosen_alone("auto", A)
 
-    many = TRIDIAGONAL_BATCH
+    many, middle = LANES_BATCH, ALONE_MIDDLE
     assert of(ALONE[0] - 1, many) == ("jacobi", "auto") and of(ALONE[0], many) == ("jacobi", "polar")
     assert of(ALONE[0], 1) == ("jacobi", "auto") == of(ALONE[0], many, torch.float64)
-    assert of(JACOBI_LIMIT + 1, many) == ("tridiagonal", "auto") == of(ALONE_LARGE, many)
-    assert of(ALONE_LARGE + 1, many) == ("tridiagonal", "polar") == of(TRIDIAGONAL_LIMIT, many)
-    assert of(TRIDIAGONAL_LIMIT + 1, many) == ("polar", "polar") == of(TRIDIAGONAL_LIMIT, many - 1)
-    assert of(40, many, torch.float64) == ("polar", "auto")
+    assert of(JACOBI_LIMIT + 1, many) == ("tridiagonal", "auto") == of(middle[0] - 1, many)
+    assert of(middle[0], many) == ("tridiagonal", "polar") == of(LANES_LIMIT, many) == of(LANES_LIMIT + 1, 1)
+    assert of(LANES_LIMIT, many - 1) == ("polar", "polar") and of(middle[0] - 1, many - 1) == ("polar", "auto")
+    assert of(middle[-1], 1) == ("tridiagonal", "polar") and of(middle[-1] + 1, 1) == ("tridiagonal", "auto")
+    assert of(40, many, torch.float64) == ("polar", "auto") == of(500, many, torch.float64)
     assert chosen("eigh", torch.empty(3, 3)) == "eigh" == chosen_alone("eigh", torch.empty(40, 16, 16))
 
 
