@@ -4,8 +4,8 @@
 //
 // Each is kept as the distance from the nearer d, so that every d_i - x has all its digits. Between two poles the two halves of the sum are
 // replaced by one pole each, which agree with them in value and slope (Bunch, Nielsen, Sorensen, Numer. Math. 31, 1978); what leaves the
-// bracket, or does not shrink f, is bisected. The vectors are those of a z' for which the roots found are exact (Gu and Eisenstat, SIAM J. Matrix Anal. Appl. 16,
-// 1995): orthogonal to rounding whatever the distances.
+// bracket, or does not shrink f, is bisected. The vectors are those of a z' for which the roots found are exact (Gu and Eisenstat, SIAM J.
+// Matrix Anal. Appl. 16, 1995): orthogonal to rounding whatever the distances.
 #pragma once
 #include "arena.h"
 #include "simd.h"

@@ -41,8 +41,9 @@ def sqrtm(
         inverse: A^(-1/2) instead of A^(1/2).
         algorithm: 'auto': by size and backend. 'eigh': eigenvectors by LAPACK. 'jacobi': by Jacobi rotations,
             'tridiagonal': by Householder reflections, then QL iterations in float64, many matrices at a time, or by
-            halves for float32 beyond d = 96 (both in compiled backends only). 'polar': polar factor of a Cholesky factor, products of matrices only.
-            'newton_schulz': the coupled iteration of the literature, for comparison; for well-conditioned matrices.
+            halves for float32 beyond d = 96 (both in compiled backends only). 'polar': polar factor of a Cholesky
+            factor, products of matrices only. 'newton_schulz': the coupled iteration of the literature, for comparison;
+            for well-conditioned matrices.
         check: raise for matrices that are not finite or have an eigenvalue that is negative beyond rounding. It costs
             their eigenvalues, and cannot be asked for under torch.compile and torch.func. Without it, NaN or infinities
             give NaN in that matrix, and negative eigenvalues count as 0.
