@@ -86,6 +86,13 @@ def test_entries_far_apart(backend, generator):
     assert_norm_close(roots(tiny, backend), torch.eye(d, dtype=torch.float64), 1e-6)
 
 
+@compiled
+def test_only_the_symmetric_part_counts(backend, generator):
+    A = covariance("geometric 1e2", 100, generator=generator).float()
+    skew = torch.randn(100, 100, generator=generator)
+    assert_norm_close(roots(A + skew - skew.mT, backend), root(A), 1e-5)  # entries are rounded at the size of skew
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1e36])
 @compiled
 def test_scale_does_not_matter(backend, scale, generator):
