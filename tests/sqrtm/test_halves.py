@@ -26,6 +26,14 @@ def wilkinson(d):
     return tridiagonal((torch.arange(d) - (d - 1) / 2).abs() + 2, torch.ones(d - 1))
 
 
+def glued(coupling):
+    """Five times the same eigenvalues, as far apart as the coupling: vectors of close roots have to stay orthogonal."""
+    A = torch.block_diag(*[wilkinson(32)] * 5)
+    for i in range(32, 160, 32):
+        A[i, i - 1] = A[i - 1, i] = coupling
+    return A
+
+
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("d", [SMALLEST, 144, 301])
 @compiled
@@ -64,12 +72,18 @@ def test_where_nothing_is_left_to_join(backend, generator):
     torch.testing.assert_close(roots(A, backend), A.sqrt(), rtol=3e-7, atol=0)
     block = covariance("geometric 1e2", 16, generator=generator).float()
     repeated = torch.block_diag(*[block] * 10)
-    glued = torch.block_diag(*[wilkinson(32)] * 5)
-    for i in range(32, d, 32):
-        glued[i, i - 1] = glued[i - 1, i] = 1e-7
     laplacian = tridiagonal(torch.full((d,), 2.0), -torch.ones(d - 1))
-    A = torch.stack((repeated, glued, wilkinson(d), laplacian))
+    A = torch.stack((repeated, glued(1e-7), glued(1e-12), wilkinson(d), laplacian))
     assert_norm_close(roots(A, backend), root(A), root_tolerance(A.dtype, 1e4))
+
+
+@compiled
+def test_nearly_tridiagonal_matrices(backend, generator):
+    """A reflector whose first entry is all but 1 loses its digits if that is subtracted from its length."""
+    noise = torch.randn(150, 150, generator=generator) * torch.logspace(-9, -5, 150)
+    for coupling in (1.0, -1.0):
+        A = tridiagonal(torch.full((150,), 2.5), torch.full((149,), coupling)) + noise + noise.mT
+        assert_norm_close(roots(A, backend), root(A), root_tolerance(A.dtype, 1e2))
 
 
 @compiled
