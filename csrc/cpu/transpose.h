@@ -95,12 +95,12 @@ void transpose_tile(const T*, int64_t, T*, int64_t) {}
 template <class T>
 void transpose(const T* in, int64_t in_stride, T* out, int64_t out_stride, int64_t rows, int64_t columns) {
     int64_t i = 0;
+    const int64_t tiled = columns / kTileColumns<T> * kTileColumns<T>;
     for (; kWideTranspose && i + width<T> <= rows; i += width<T>) {
-        int64_t j = 0;
-        for (; j + kTileColumns<T> <= columns; j += kTileColumns<T>) {
+        for (int64_t j = 0; j < tiled; j += kTileColumns<T>) {
             transpose_tile(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
         }
-        for (; j < columns; ++j) {
+        for (int64_t j = tiled; j < columns; ++j) {
             for (int k = 0; k < width<T>; ++k) out[j * out_stride + i + k] = in[(i + k) * in_stride + j];
         }
     }
