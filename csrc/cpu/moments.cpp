@@ -11,6 +11,7 @@
 
 #include "arena.h"
 #include "lanes.h"
+#include "moments_rows.h"
 #include "otkd_fast/threads.h"
 #include "rows.h"
 
@@ -23,6 +24,8 @@ constexpr int64_t kParallelWork = 60 * 1000;  // entries of x, about 10 us of on
 
 template <class T>
 struct MomentsWork {
+    typedef double Wide __attribute__((vector_size(width<T> * sizeof(double))));
+
     const FeatureMomentsArgs<T>& args;
     int64_t positions, cells, per_outer, blocks;
     T *tile, *grad;      // (positions, width)
@@ -66,9 +69,12 @@ struct MomentsWork {
             const Vec<T> share = load(first + cell * width<T>) / static_cast<T>(w.size);
             const Vec<T> own = load(second + cell++ * width<T>) / (w.std * static_cast<T>(w.size - args.unbiased));
             const Vec<T> slope = w.std == Vec<T>{} ? Vec<T>{} : own;
-            w.each(*this, [&](int64_t p) {
-                const Vec<T> deviation = (load(tile + p) - w.origin) - w.mean;
-                store(grad + p, load(grad + p) + (share + slope * deviation));
+            w.each_run(*this, [&](int64_t first, int64_t positions_of_run) {
+                const int64_t end = (first + positions_of_run) * width<T>;
+                for (int64_t p = first * width<T>; p < end; p += width<T>) {
+                    const Vec<T> deviation = (load(tile + p) - w.origin) - w.mean;
+                    store(grad + p, load(grad + p) + (share + slope * deviation));
+                }
             });
         });
         write(grad, positions, b, count, args.grad_x);
@@ -94,33 +100,53 @@ struct MomentsWork {
             std = sqrt<T>(variance + static_cast<T>(work.args.eps));
         }
 
+        // body(first position, positions) of each run of positions that lie together
         template <class Body>
-        void each(const MomentsWork& work, const Body& body) const {
-            for (int64_t i = begin[0]; i < end[0]; ++i) {
-                for (int64_t j = begin[1]; j < end[1]; ++j) {
-                    const int64_t row = (i * work.args.size[1] + j) * work.args.size[2];
-                    for (int64_t k = begin[2]; k < end[2]; ++k) body((row + k) * width<T>);
+        void each_run(const MomentsWork& work, const Body& body) const {
+            const int64_t(&all)[kMomentAxes] = work.args.size;
+            int64_t planes = end[0] - begin[0], rows = end[1] - begin[1], length = end[2] - begin[2];
+            if (length == all[2]) {
+                length *= rows;
+                rows = 1;
+                if (length == all[1] * all[2]) {
+                    length *= planes;
+                    planes = 1;
                 }
+            }
+            for (int64_t i = 0; i < planes; ++i) {
+                for (int64_t j = 0; j < rows; ++j) body(((begin[0] + i) * all[1] + begin[1] + j) * all[2] + begin[2], length);
             }
         }
 
-        // factor * sum of term(x_p)
+        // factor * sum of term(x_p): kParts sums that do not wait for each other, after kSumRun positions added to one in double
         template <class Term>
         Vec<T> total(const MomentsWork& work, const Term& term, double factor) const {
-            double wide[width<T>] = {};
-            Vec<T> part = {};
-            int64_t run = 0;
-            each(work, [&](int64_t p) {
-                part += term(load(work.tile + p));
-                if (++run == kSumRun) {
-                    for (int l = 0; l < width<T>; ++l) wide[l] += part[l];
-                    part = Vec<T>{};
-                    run = 0;
+            constexpr int kParts = 4;
+            Wide sum = {};
+            Vec<T> parts[kParts] = {};
+            int64_t pending = 0;
+            const auto flush = [&] {
+                sum += __builtin_convertvector((parts[0] + parts[1]) + (parts[2] + parts[3]), Wide);
+                for (Vec<T>& part : parts) part = Vec<T>{};
+                pending = 0;
+            };
+            each_run(work, [&](int64_t first, int64_t count) {
+                const T* at = work.tile + first * width<T>;
+                while (count > 0) {
+                    const int64_t now = count < kSumRun - pending ? count : kSumRun - pending;
+                    int64_t p = 0;
+                    for (; p + kParts <= now; p += kParts) {
+                        for (int k = 0; k < kParts; ++k) parts[k] += term(load(at + (p + k) * width<T>));
+                    }
+                    for (; p < now; ++p) parts[p % kParts] += term(load(at + p * width<T>));
+                    at += now * width<T>;
+                    count -= now;
+                    pending += now;
+                    if (pending == kSumRun) flush();
                 }
             });
-            Vec<T> result;
-            for (int l = 0; l < width<T>; ++l) result[l] = static_cast<T>((wide[l] + part[l]) * factor);
-            return result;
+            if (pending > 0) flush();
+            return __builtin_convertvector(sum * factor, Vec<T>);
         }
     };
 
@@ -194,6 +220,16 @@ template <class T>
 void run(const FeatureMomentsArgs<T>& args, bool adjoint) {
     const int64_t entries = args.outer * args.positions() * args.inner;
     parallel(entries < kParallelWork ? 1 : args.threads, [&](const Team& team) {
+        if (RowMoments<T>::serves(args)) {
+            const RowMoments<T> rows(args);
+            int64_t begin, end;
+            split(args.outer, width<T>, team.size, team.rank, begin, end);
+            for (int64_t row = begin; row < end; row += width<T>) {
+                const int64_t count = end - row < width<T> ? end - row : int64_t{width<T>};
+                adjoint ? rows.backward(row, count) : rows.forward(row, count);
+            }
+            return;
+        }
         MomentsWork<T> work(args, team.rank);
         int64_t begin, end;
         split(work.blocks, 1, team.size, team.rank, begin, end);

@@ -64,6 +64,27 @@ def test_values_and_gradients(backend, dtype, shape, dim, grid, unbiased, eps, g
     assert_close(actual, exact, "feature_moments", "gradient")
 
 
+@pytest.mark.parametrize("positions", [16, 17, 49, 64, 1030, 2500])
+@pytest.mark.parametrize("features", [1, 5, 35])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", backends("feature_moments", compiled_only=True))
+def test_a_window_that_is_a_row_of_memory(backend, dtype, features, positions, generator):
+    x = (1e3 + torch.randn(features, positions, generator=generator, dtype=torch.float64)).to(dtype)
+    x[0] = 0.25  # constant
+    expected = expected_moments(x, 1, None, True, 0.0)
+    x.requires_grad_()
+    mean, std = otkd_fast.feature_moments(x, dim=1, unbiased=True, backend=backend)
+    assert_close(mean, expected[0], "feature_moments", "mean")
+    assert_close(std, expected[1], "feature_moments", "std")
+    assert std[0] == 0
+    of_mean, of_std = torch.randn(2, features, 1, generator=generator, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((mean, std), x, (of_mean[:, 0].to(dtype), of_std[:, 0].to(dtype)))
+    wide = x.detach().double()
+    deviation = (wide - expected[0][:, None]) / ((positions - 1) * expected[1][:, None])
+    deviation[0] = 0
+    assert_close(grad, of_mean / positions + of_std * deviation, "feature_moments", "gradient")
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_windows_are_those_of_adaptive_pooling(backend, generator):
     x = torch.randn(2, 3, 7, 7, generator=generator)

@@ -46,6 +46,7 @@ void exercise(int threads) {
         feature_moments<T>(1, 1, 1, inner, 1, threads);
         feature_moments<T>(37, 7, 9, inner, 4, threads);
         feature_moments<T>(2, 100, 70, inner, 1, threads);
+        feature_moments<T>(21, 7, 7, inner, 1, threads);
     }
 }
 
