@@ -81,6 +81,17 @@ def test_units_of_the_variables_do_not_matter(backend, algorithm, dtype, spread,
         assert_norm_close(R @ R, inverse, 1e-2 if dtype == torch.float32 else 1e-6, context=f"{d}")
 
 
+@pytest.mark.parametrize("backend, algorithm", [run for run in BY_PIVOTS if run[0] == "cpu"])
+def test_every_entry_of_the_gradient_has_its_part_where_the_matrix_is_definite(backend, algorithm):
+    """Also those between two variances that are below the rounding of the largest one."""
+    variances = torch.tensor([2.0**-56, 1.0, 2.0**-60], dtype=torch.float64)
+    A = torch.diag(variances).expand(32, 3, 3).clone().requires_grad_()
+    S = otkd_fast.sqrtm(A, algorithm=algorithm, backend=backend)
+    (grad,) = torch.autograd.grad(S, A, torch.ones_like(A))
+    roots = variances.sqrt()
+    torch.testing.assert_close(grad, (1 / (roots + roots.unsqueeze(-1))).expand_as(A), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend, algorithm", BY_PIVOTS)
 def test_the_level_of_pivots(backend, algorithm, dtype):
