@@ -5,7 +5,7 @@ import torch
 
 import otkd_fast
 from otkd_fast import reference
-from otkd_fast.testing import assert_norm_close, covariance, root_tolerance, spectrum
+from otkd_fast.testing import assert_norm_close, backends, covariance, root_tolerance, spectrum
 
 from .cases import DTYPES, RUNS, root
 
@@ -90,6 +90,21 @@ def test_every_entry_of_the_gradient_has_its_part_where_the_matrix_is_definite(b
     (grad,) = torch.autograd.grad(S, A, torch.ones_like(A))
     roots = variances.sqrt()
     torch.testing.assert_close(grad, (1 / (roots + roots.unsqueeze(-1))).expand_as(A), rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif("cpu" not in backends("sqrtm"), reason="no native module")
+@pytest.mark.parametrize("dtype, name", [(torch.float32, "geometric 1e6"), (torch.float64, "geometric 1e12")])
+def test_products_serve_the_gradient_of_graded_matrices(dtype, name, generator):
+    """The bounds that 'polar' leaves for its backward: the lower one is 0 where eigenvalues must serve instead."""
+    for d in (2, 8, 24):
+        A = covariance(name, d, generator=generator, batch=(64,)).to(dtype)
+        smallest = float(spectrum(name, d)[-1]) ** 0.5
+        _, bounds = torch.ops.otkd_fast.sqrtm_fwd(A, False, "polar")
+        lower = bounds[:, 1].double() / smallest
+        assert float(lower.min()) > 0.2 and float(lower.max()) < 1.1
+        singular = of_rank_one_less(d, dtype, generator, 100)
+        _, bounds = torch.ops.otkd_fast.sqrtm_fwd(singular, False, "polar")
+        assert (bounds[:, 1] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
