@@ -25,7 +25,7 @@ from ._matrix import LARGEST, batched_product, polar_factor, polar_iterates, sch
 from ._runtime import SIGNATURE_DTYPES, AotCase, empty, jit, on_device, scalar, tl
 from .sqrtm import ROWS, diagonalized, load_symmetric
 
-DEFINITE = {torch.float32: 4.0, torch.float64: 16.0}  # smallest pivot, in units of rounding; below, by eigenvalues
+DEFINITE = {torch.float32: 4.0, torch.float64: 32.0}  # smallest pivot, in units of rounding; below, by eigenvalues
 
 
 @jit

@@ -18,8 +18,13 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
+// Rounding leaves of a zero in float64 up to 25 units at n = 256 (products of integers).
 template <class T>
-constexpr double kPivot = sizeof(T) == sizeof(float) ? 0.25 : 8.0;
+constexpr double kPivot = sizeof(T) == sizeof(float) ? 0.25 : 32.0;
+// A direction v with v^T A v up to this many units of v^T diag(A) v may be rounding, whatever the order of the pivots: the factor is
+// that of A + E, |E_ij| <= rounding sqrt(A_ii A_jj). A pivot shows that times what small ones before it amplify, sqrt(n) with pivoting.
+template <class T>
+constexpr double kQuotient = sizeof(T) == sizeof(float) ? 0.25 : 8.0;
 // Entries of what is left beyond the rank found may be this many units; beyond, A is indefinite.
 template <class T>
 constexpr double kRest = sizeof(T) == sizeof(float) ? 16.0 : 128.0;

@@ -1,6 +1,6 @@
 // Roots and eigenvectors of small semidefinite matrices, one in each lane, by one-sided Jacobi rotations.
 //
-// A = F^T F by Cholesky in double; rotations from the left make the rows of F orthogonal: w_k = s_k v_k^T, so that
+// A = F^T F by Cholesky in double, with pivots where A is nearly singular; rotations from the left make the rows of F orthogonal: w_k = s_k v_k^T, so that
 //
 //   A^(1/2) = sum_k s_k v_k v_k^T,   A^(-1/2) = sum_k v_k v_k^T / s_k over s_k > 0
 //
@@ -164,12 +164,11 @@ OTKD_INLINE VecInt<T> sweep(const WeightedRows<T>& rows, int64_t n, VecInt<T> ac
     return again;
 }
 
-// Rotates until the rows of w (n, n) are orthogonal; norms (2 n,): their squared norms, then scratch.
+// Rotates until the rows of w (n, n) are orthogonal in the lanes of `active`; norms (2 n,): their squared norms, then scratch.
 template <class T>
-void orthogonalize(const Lanes<T>& w, T* norms, int64_t n) {
+void orthogonalize(const Lanes<T>& w, T* norms, int64_t n, VecInt<T> active) {
     const WeightedRows<T> rows{w, norms + n * width<T>, norms};
     for (int64_t k = 0; k < n; ++k) store(rows.weights + k * width<T>, splat(T(1)));
-    VecInt<T> active = Vec<T>{} == Vec<T>{};
     for (int sweeps = 0; sweeps < kMostSweeps && any<T>(active); ++sweeps) {
         active &= sweep(rows, n, active);
     }
@@ -232,7 +231,8 @@ struct JacobiRoot {
     // Matrices [begin, begin + count) of the batch.
     void forward(const SqrtmArgs<T>& args, int64_t begin, int64_t count) {
         const LaneScale<T> scale = factorize(args, begin, count);
-        orthogonalize(basis, norms, n);
+        orthogonalize(basis, norms, n, Vec<T>{} == Vec<T>{});
+        decide(args, begin, count, scale);
         compose(args.inverse, scale);
         store_lanes(result.data, n * n, count, n * n, args.root + begin * n * n);
         store_lanes(basis.data, (n + 1) * n, count, (n + 1) * n, args.aux + begin * (n + 1) * n);
@@ -294,6 +294,29 @@ struct JacobiRoot {
     }
 
   private:
+    // Of pivots in any order one may be rounding that smaller ones before it have amplified. Where that can matter, a pivoted
+    // factor says what the rank is, and the rows are made orthogonal again.
+    void decide(const SqrtmArgs<T>& args, int64_t begin, int64_t count, const LaneScale<T>& scale) {
+        const VecInt<T> doubtful = definite & near_rounding();
+        if (!any<T>(doubtful)) return;
+        for (int64_t l = 0; l < count; ++l) {
+            if (doubtful[l]) args.unsolved[begin + l] = factorize_one(args.matrix + (begin + l) * n * n, l, scale.exponent[l]);
+        }
+        orthogonalize(basis, norms, n, doubtful);
+    }
+
+    // Lanes whose smallest eigenvalue is not well above the level of rounding: a pivot is at least the smallest eigenvalue of the
+    // correlation matrix, and that at least the one of A over its largest variance.
+    VecInt<T> near_rounding() const {
+        constexpr T level = static_cast<T>(2 * kPivot<T>) * std::numeric_limits<T>::epsilon();
+        Vec<T> variance = {}, least = load(norms);
+        for (int64_t k = 0; k < n; ++k) {
+            variance = max<T>(variance, a.get(k, k));
+            least = min<T>(least, load(norms + k * width<T>));
+        }
+        return least <= level * variance;
+    }
+
     // Lane l of the factor by pivoted Cholesky; true if the matrix is indefinite.
     bool factorize_one(const T* matrix, int64_t l, int exponent) {
         cholesky.read(matrix, exponent, 0);

@@ -58,7 +58,8 @@ struct LaneRoot {
         return static_cast<T>(kNormMargin) * sqrt<T>(min<T>(sqrt<T>(squares), most));
     }
 
-    // Lower bound of the smallest singular value s of an upper triangular F: |(F F^T)^-1| >= s^-2, Frobenius norm. Uses result and scratch.
+    // Lower bound of the smallest singular value s of an upper triangular F: |(F F^T)^-1| >= s^-2, Frobenius norm. 0 where a column v of
+    // F^-1 is a direction in which A may be rounding: v^T A v = 1 is not above kQuotient units of v^T diag(A) v. Uses result and scratch.
     Vec<T> lowest() {
         const Lanes<T>&f = work.basis, &inverse = work.result;
         const Lanes<T> product{reinterpret_cast<T*>(work.scratch), n};
@@ -71,10 +72,16 @@ struct LaneRoot {
                 inverse.set(i, j, sum * reciprocal);
             }
         }
-        Vec<T> squares = {};
+        Vec<T> squares = {}, most = {};
+        for (int64_t j = 0; j < n; ++j) {
+            Vec<T> sum = {};
+            for (int64_t i = 0; i <= j; ++i) sum += inverse.get(i, j) * inverse.get(i, j) * work.a.get(i, i);
+            most = max<T>(most, sum);
+        }
         multiply_symmetric(inverse, inverse, product, n, n, [](Vec<T> sum, int64_t, int64_t) { return sum; });
         for (int64_t k = 0; k < n * n; ++k) squares += load(product.data + k * width<T>) * load(product.data + k * width<T>);
-        return T(0.99) / sqrt<T>(sqrt<T>(squares));
+        const VecInt<T> sure = most * static_cast<T>(kQuotient<T> * std::numeric_limits<T>::epsilon()) < one;
+        return sure ? T(0.99) / sqrt<T>(sqrt<T>(squares)) : zero;
     }
 
     // it.x = its polar factor; each lane starts where the rest of the schedule serves its singular values.

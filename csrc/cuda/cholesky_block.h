@@ -13,7 +13,7 @@ constexpr int kFactorThreads = 512, kFactorColumns = 128, kFactorGroups = kFacto
 
 // In units of rounding, as on the CPU: the smallest pivot, and the largest entry of what may be left beyond the rank.
 template <class T>
-constexpr double kFactorPivot = (sizeof(T) == sizeof(float) ? 0.25 : 8.0) * std::numeric_limits<T>::epsilon();
+constexpr double kFactorPivot = (sizeof(T) == sizeof(float) ? 0.25 : 32.0) * std::numeric_limits<T>::epsilon();
 template <class T>
 constexpr double kFactorRest = (sizeof(T) == sizeof(float) ? 16.0 : 128.0) * std::numeric_limits<T>::epsilon();
 

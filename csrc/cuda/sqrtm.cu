@@ -19,7 +19,6 @@ namespace {
 constexpr int kMostSweeps = 30;
 constexpr double kOrthogonal = 4e-16, kDone = 4e-15;  // cosines: a pair is left alone below; a sweep was the last one below
 
-// Eigenvalues up to this, in units of |A|_F, may come from the rounding of the entries of A.
 template <class T>
 constexpr double kRounding = std::numeric_limits<T>::epsilon();
 
@@ -114,7 +113,14 @@ OTKD_DEVICE void orthogonalize(double (&column)[kSize]) {
     }
 }
 
-// Pivots of the Cholesky factor above this, in units of the variance, are not the rounding of A.
+// Of an A that is not definite: eigenvalues up to this, in units of |A|_F; reference/sqrtm.py says why the gradient of the root has its own.
+template <class T>
+OTKD_DEVICE double eigenvalue_level(bool inverse, int d) {
+    return inverse || sizeof(T) == sizeof(double) ? kRounding<T> : kRounding<T> / sqrt(d < 4 ? 4.0 : static_cast<double>(d));
+}
+
+// Pivots of the Cholesky factor above this, in units of the variance, are not the rounding of A; nor are eigenvalues above it in units
+// of v^T diag(A) v. The latter sees a zero that smaller pivots before it have amplified.
 template <class T>
 constexpr double kPivot = sizeof(T) == sizeof(float) ? 0.25 * kRounding<T> : 8 * kRounding<T>;
 
@@ -190,13 +196,20 @@ OTKD_KERNEL(32, 8) jacobi_root(OTKD_CONSTANT SqrtmArgs<T> args) {
         if (at.there && lane < d && j < d) aux[lane * d + j] = static_cast<T>(column[j]);
     }
     double* weights = at.memory + kSize * at.kLine;
-    double value = length * length;
-    if (!definite) value = quotient(weights, at.memory + lane * at.kLine, d, column);
+    double value = length * length, level = 0;
+    if (definite) {
+        OTKD_ROLLED
+        for (int j = 0; j < d; ++j) level += at.memory[lane * at.kLine + j] * at.memory[lane * at.kLine + j] * weights[j * at.kLine + j];
+        level *= kPivot<T>;
+    } else {
+        value = quotient(weights, at.memory + lane * at.kLine, d, column);
+        level = norm * eigenvalue_level<T>(args.inverse, d);
+    }
     barrier();
     const double root = lane >= d || !(value > 0) ? 0.0 : definite ? length : sqrt(value);
-    const bool kept = value > norm * kRounding<T>;
+    const bool kept = value > level;
     const double weight = bad ? kNaN : !args.inverse ? root : kept ? 1 / root : 0.0;
-    if (at.there && lane < d) aux[d * d + lane] = static_cast<T>(bad ? kNaN : ldexp(root, half));
+    if (at.there && lane < d) aux[d * d + lane] = static_cast<T>(bad ? kNaN : ldexp(kept ? root : -root, half));
     weights[lane] = lane < d ? weight : 0.0;
     barrier();
     OTKD_UNROLL
@@ -239,12 +252,8 @@ OTKD_KERNEL(32, 8) jacobi_root_backward(OTKD_CONSTANT SqrtmArgs<T> args) {
         other[lane * line + j] = row[j];
         V[lane * line + j] = at.there && lane < d && j < d ? static_cast<double>(aux[lane * d + j]) : 0.0;
     }
-    const double root = at.there && lane < d ? static_cast<double>(aux[d * d + lane]) : 0.0;
-    const double largest = at.most(root), unit = largest > 0 ? largest : 1.0, relative = root / unit;
-    const double square = relative * relative, squares = at.sum(square * square);
-    // reference/sqrtm.py says why the gradient of the root has a level of its own
-    const double more = args.inverse || sizeof(T) == sizeof(double) ? 1.0 : d < 4 ? 4.0 : d;
-    const bool kept = square * square * more > squares * (kRounding<T> * kRounding<T>);
+    const double mark = at.there && lane < d ? static_cast<double>(aux[d * d + lane]) : 0.0, root = fabs(mark);
+    const bool kept = mark > 0;
     const double broken = at.sum(root) * 0;  // NaN where the matrix was not finite
     barrier();
     combine([&](int k) { return V[lane * line + k]; }, other, d, row);  // V G

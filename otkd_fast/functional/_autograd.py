@@ -17,13 +17,13 @@ def needs_function(*tensors: Tensor | None) -> bool:
     True if a gradient may be asked for, or a transform (torch.func, forward-mode AD) must see the call. Under a
     transform `requires_grad` says nothing about outer levels.
     """
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
     if torch._C._are_functorch_transforms_active():
         return True
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        return True
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def eager() -> bool:
@@ -35,8 +35,11 @@ def eager() -> bool:
 
 def apply(function: type[torch.autograd.Function], *arguments):
     """``function.apply(*arguments)``; without what that asks on the way (3 us) where no compiler or transform looks."""
-    if not eager():
-        return function.apply(*arguments)
+    return apply_eager(function, *arguments) if eager() else function.apply(*arguments)
+
+
+def apply_eager(function: type[torch.autograd.Function], *arguments):
+    """:func:`apply` where :func:`eager` was found to be true."""
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(arguments))
 
 

@@ -9,7 +9,7 @@ from .. import reference
 from .._dispatch import resolve
 from ..ops._library import operators
 from ..ops.sqrtm import chosen_alone
-from ._autograd import apply, eager, keep_signature, mapped, needs_function, transformed
+from ._autograd import apply_eager, eager, keep_signature, mapped, needs_function, transformed
 from ._matrices import check_flag, check_square
 from ._validate import HALF_DTYPES, check_choice
 from ._value_and_gradients import only_first_derivative
@@ -112,7 +112,7 @@ def _backward(A, S, aux, grad, inverse: bool, algorithm: str, backend: str) -> T
 
 def _apply(A: Tensor, inverse: bool, algorithm: str, backend: str) -> Tensor:
     if eager():
-        return apply(_SqrtmEager, A, inverse, algorithm, backend)
+        return apply_eager(_SqrtmEager, A, inverse, algorithm, backend)
     return _Sqrtm.apply(A, inverse, algorithm, backend)[0]
 
 

@@ -79,7 +79,7 @@ def _fwd_cpu(A: Tensor, inverse: bool, algorithm: str) -> tuple[Tensor, Tensor]:
     algorithm = chosen(algorithm, A)
     if algorithm not in KERNELS:
         return reference.sqrtm_fwd(A, inverse, algorithm)
-    S, aux = A.new_empty(A.shape), _aux(A, algorithm)
+    S, aux = torch.empty_like(A), _aux(A, algorithm)
     if A.numel() == 0:
         return S, aux
     problems, code, kind, threads = _library.product(batch), _library.dtype_code(A), KERNELS[algorithm], _threads()
@@ -110,12 +110,12 @@ def _bwd_fake(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, al
 
 
 def _bwd_cpu(A: Tensor, S: Tensor, aux: Tensor, grad: Tensor, inverse: bool, algorithm: str) -> Tensor:
-    A, S, aux, grad = (operand.contiguous() for operand in (A, S, aux, grad))
+    A, S, aux, grad = A.contiguous(), S.contiguous(), aux.contiguous(), grad.contiguous()
     *batch, d, _ = A.shape
     algorithm = chosen(algorithm, A)
     if algorithm not in KERNELS:
         return reference.sqrtm_bwd(A, S, aux, grad, inverse, algorithm)
-    grad_A = A.new_empty(A.shape)
+    grad_A = torch.empty_like(A)
     if A.numel() == 0:
         return grad_A
     problems, code, kind, threads = _library.product(batch), _library.dtype_code(A), KERNELS[algorithm], _threads()

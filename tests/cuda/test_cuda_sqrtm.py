@@ -97,6 +97,37 @@ def test_rank_of_float64(d, inverse, guarded, generator):
     assert float((null @ grad_A @ null).abs().max()) <= 1e-6 * float(grad_A.abs().max())
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("d", [5, 20])
+def test_exactly_singular_integers(d, inverse, guarded, generator):
+    """Rank d - 1: a Cholesky factor without pivots may show the zero as anything up to a root of the rounding."""
+    G = torch.randint(-3, 4, (60, d, d - 1), generator=generator).double()
+    A = G @ G.mT
+    values = torch.linalg.eigvalsh(A)
+    A = A[values[:, 1] > 1e-4 * values[:, -1]]
+    S, grad_A, grad = root_and_gradient(A, guarded, generator, inverse)
+    expected, aux = sqrtm_fwd(A, inverse, "eigh")
+    assert_norm_close(S, expected, 1e-6)
+    assert_norm_close(grad_A, sqrtm_bwd(A, expected, aux, grad, inverse, "eigh"), 1e-5)
+
+
+@pytest.mark.parametrize("dtype, spread", [(torch.float32, 28), (torch.float64, 70)])
+@pytest.mark.parametrize("d", [5, 20])
+def test_units_of_the_variables_do_not_matter(d, dtype, spread, guarded, generator):
+    """D A D, definite: also variances below the rounding of the largest one have their part, and in the gradient."""
+    A = covariance(d, torch.linspace(0.05, 1, d), generator, (8,)).to(dtype).double()
+    D = 2.0 ** (torch.linspace(0, spread / 2, d)[torch.randperm(d, generator=generator)]).double().round()
+    graded = (D.unsqueeze(-1) * A * D).to(dtype)  # exact
+    R, grad_A, grad = root_and_gradient(graded, guarded, generator, True)
+    inverse = torch.linalg.inv(A) / D.unsqueeze(-1) / D
+    assert_norm_close(R.double() @ R.double(), inverse, 1e-4)
+    values, V = torch.linalg.eigh(inverse)  # the large ones are exact, and the gradient consists of them
+    values, G = values.clamp(min=1e-300), (grad + grad.mT).double() / 2
+    s = values.sqrt()
+    weights = values.unsqueeze(-1) * values.unsqueeze(-2) / (s.unsqueeze(-1) + s.unsqueeze(-2))
+    assert_norm_close(grad_A, -V @ ((V.mT @ G @ V) * weights) @ V.mT, 1e-3)
+
+
 def test_the_order_of_threads_does_not_matter(guarded, emulated, generator):
     state, results = generator.get_state(), []
     for order in range(4):
