@@ -24,8 +24,6 @@ constexpr int64_t kParallelWork = 60 * 1000;  // entries of x, about 10 us of on
 
 template <class T>
 struct MomentsWork {
-    typedef double Wide __attribute__((vector_size(width<T> * sizeof(double))));
-
     const FeatureMomentsArgs<T>& args;
     int64_t positions, cells, per_outer, blocks;
     T *tile, *grad;      // (positions, width)
@@ -69,12 +67,9 @@ struct MomentsWork {
             const Vec<T> share = load(first + cell * width<T>) / static_cast<T>(w.size);
             const Vec<T> own = load(second + cell++ * width<T>) / (w.std * static_cast<T>(w.size - args.unbiased));
             const Vec<T> slope = w.std == Vec<T>{} ? Vec<T>{} : own;
-            w.each_run(*this, [&](int64_t first, int64_t positions_of_run) {
-                const int64_t end = (first + positions_of_run) * width<T>;
-                for (int64_t p = first * width<T>; p < end; p += width<T>) {
-                    const Vec<T> deviation = (load(tile + p) - w.origin) - w.mean;
-                    store(grad + p, load(grad + p) + (share + slope * deviation));
-                }
+            w.each(*this, [&](int64_t p) {
+                const Vec<T> deviation = (load(tile + p) - w.origin) - w.mean;
+                store(grad + p, load(grad + p) + (share + slope * deviation));
             });
         });
         write(grad, positions, b, count, args.grad_x);
@@ -100,53 +95,33 @@ struct MomentsWork {
             std = sqrt<T>(variance + static_cast<T>(work.args.eps));
         }
 
-        // body(first position, positions) of each run of positions that lie together
         template <class Body>
-        void each_run(const MomentsWork& work, const Body& body) const {
-            const int64_t(&all)[kMomentAxes] = work.args.size;
-            int64_t planes = end[0] - begin[0], rows = end[1] - begin[1], length = end[2] - begin[2];
-            if (length == all[2]) {
-                length *= rows;
-                rows = 1;
-                if (length == all[1] * all[2]) {
-                    length *= planes;
-                    planes = 1;
+        void each(const MomentsWork& work, const Body& body) const {
+            for (int64_t i = begin[0]; i < end[0]; ++i) {
+                for (int64_t j = begin[1]; j < end[1]; ++j) {
+                    const int64_t row = (i * work.args.size[1] + j) * work.args.size[2];
+                    for (int64_t k = begin[2]; k < end[2]; ++k) body((row + k) * width<T>);
                 }
-            }
-            for (int64_t i = 0; i < planes; ++i) {
-                for (int64_t j = 0; j < rows; ++j) body(((begin[0] + i) * all[1] + begin[1] + j) * all[2] + begin[2], length);
             }
         }
 
-        // factor * sum of term(x_p): kParts sums that do not wait for each other, after kSumRun positions added to one in double
+        // factor * sum of term(x_p)
         template <class Term>
         Vec<T> total(const MomentsWork& work, const Term& term, double factor) const {
-            constexpr int kParts = 4;
-            Wide sum = {};
-            Vec<T> parts[kParts] = {};
-            int64_t pending = 0;
-            const auto flush = [&] {
-                sum += __builtin_convertvector((parts[0] + parts[1]) + (parts[2] + parts[3]), Wide);
-                for (Vec<T>& part : parts) part = Vec<T>{};
-                pending = 0;
-            };
-            each_run(work, [&](int64_t first, int64_t count) {
-                const T* at = work.tile + first * width<T>;
-                while (count > 0) {
-                    const int64_t now = count < kSumRun - pending ? count : kSumRun - pending;
-                    int64_t p = 0;
-                    for (; p + kParts <= now; p += kParts) {
-                        for (int k = 0; k < kParts; ++k) parts[k] += term(load(at + (p + k) * width<T>));
-                    }
-                    for (; p < now; ++p) parts[p % kParts] += term(load(at + p * width<T>));
-                    at += now * width<T>;
-                    count -= now;
-                    pending += now;
-                    if (pending == kSumRun) flush();
+            double wide[width<T>] = {};
+            Vec<T> part = {};
+            int64_t run = 0;
+            each(work, [&](int64_t p) {
+                part += term(load(work.tile + p));
+                if (++run == kSumRun) {
+                    for (int l = 0; l < width<T>; ++l) wide[l] += part[l];
+                    part = Vec<T>{};
+                    run = 0;
                 }
             });
-            if (pending > 0) flush();
-            return __builtin_convertvector(sum * factor, Vec<T>);
+            Vec<T> result;
+            for (int l = 0; l < width<T>; ++l) result[l] = static_cast<T>((wide[l] + part[l]) * factor);
+            return result;
         }
     };
 
