@@ -19,7 +19,6 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
-constexpr int64_t kSumRun = 64;
 constexpr int64_t kParallelWork = 60 * 1000;  // entries of x, about 10 us of one thread
 
 template <class T>

@@ -8,6 +8,8 @@ namespace otkd_fast {
 namespace OTKD_ISA {
 namespace {
 
+constexpr int64_t kSumRun = 64;  // terms of a lane that are added in T; what they sum to, in double
+
 template <class T>
 struct RowMoments {
     const FeatureMomentsArgs<T>& args;
@@ -42,7 +44,6 @@ struct RowMoments {
 
   private:
     typedef double Wide __attribute__((vector_size(width<T> * sizeof(double))));
-    static constexpr int64_t kSumRun = 64;  // terms of a lane that are added in T
 
     // First position of each row, mean of the deviations from that, standard deviation; 0 beyond the last row.
     struct Moments {
@@ -91,15 +92,8 @@ struct RowMoments {
             parts[0] += term(load(row + p));
             p += width<T>;
         }
-        if (p < end) parts[1] += first_of(term(load_part(row + p, end - p, T(0))), end - p);
+        if (p < end) parts[1] += first_lanes<T>(end - p) ? term(load_part(row + p, end - p, T(0))) : Vec<T>{};
         return parts[0] + parts[1];
-    }
-
-    // v, 0 from lane `count` on
-    OTKD_INLINE static Vec<T> first_of(Vec<T> v, int64_t count) {
-        VecInt<T> lane;
-        for (int l = 0; l < width<T>; ++l) lane[l] = l;
-        return lane < static_cast<typename Simd<T>::Int>(count) ? v : Vec<T>{};
     }
 };
 

@@ -90,9 +90,7 @@ class Secular {
         if (mixed <= split) {
             V value = {}, slope = {}, zero = {};
             add(i, value, slope);
-            Index lane;
-            for (int l = 0; l < width<double>; ++l) lane[l] = i + l;
-            const Index low = lane <= split;
+            const Index low = first_lanes<double>(split + 1 - i);
             sums[0] += low ? value : zero;
             slopes[0] += low ? slope : zero;
             sums[1] += low ? zero : value;

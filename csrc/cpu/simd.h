@@ -169,6 +169,14 @@ OTKD_INLINE Vec<double> sign<double>(Vec<double> d) {
 }
 #endif
 
+// Whether a lane is one of the first `count`.
+template <class T>
+OTKD_INLINE VecInt<T> first_lanes(int64_t count) {
+    VecInt<T> lane;
+    for (int l = 0; l < width<T>; ++l) lane[l] = l;
+    return lane < static_cast<typename Simd<T>::Int>(count);
+}
+
 template <class T>
 OTKD_INLINE T sum(Vec<T> v) {
     T lanes[width<T>];
