@@ -306,7 +306,8 @@ double squared_norm(const Panels<T>& a, int64_t size, T shift) {
     return total;
 }
 
-// Estimate from below of the spectral norm of A (size, size) by power iteration; `scratch`: 18 * rows entries.
+// Estimate from below of the spectral norm of A (size, size) by power iteration, infinite or NaN where its square overflows a double;
+// `scratch`: 18 * rows entries.
 template <class T>
 double norm_estimate(const Panels<T>& a, int64_t size, T* scratch) {
     constexpr int kIterations = 6;
@@ -334,6 +335,7 @@ double norm_estimate(const Panels<T>& a, int64_t size, T* scratch) {
             after += static_cast<double>(total) * total;
         }
         estimate = std::sqrt(after);
+        for (int64_t i = 0; i < size; ++i) image[i] = static_cast<T>(image[i] / estimate);  // A^T A of a unit vector may overflow
         before = 0;
         for (int64_t p = 0; p < panels; ++p) {
             const T* panel = a.data + p * a.stride();
@@ -341,7 +343,7 @@ double norm_estimate(const Panels<T>& a, int64_t size, T* scratch) {
                 Vec<T> acc = {};
                 for (int64_t i = 0; i < size; ++i) acc += splat(image[i]) * load(panel + i * kPanel<T> + l);
                 store(v + p * kPanel<T> + l, acc);
-                before += sum<T>(acc * acc);
+                for (int lane = 0; lane < width<T>; ++lane) before += static_cast<double>(acc[lane]) * acc[lane];
             }
         }
         if (!(before > 0)) break;

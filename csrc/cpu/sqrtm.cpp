@@ -75,7 +75,7 @@ void forward(const SqrtmArgs<T>& args, PolarRoot<T>& work, int64_t index, const 
     const int exponent = (exponent_of(largest) + 1) / 2 * 2;
     const Definiteness kind = work.solve(a, exponent, args.inverse, team);
     if (team.rank == 0) {
-        const bool singular = kind != Definiteness::definite;
+        const bool singular = work.lower_bound() == 0;
         args.unsolved[index] = kind == Definiteness::indefinite || (args.inverse && singular);
         if (!args.unsolved[index]) work.store(root, std::ldexp(T(1), args.inverse ? -exponent / 2 : exponent / 2));
         aux[0] = static_cast<T>(std::ldexp(work.upper_bound(), exponent / 2));

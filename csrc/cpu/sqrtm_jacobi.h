@@ -181,7 +181,8 @@ struct LaneScale {
     VecInt<T> exponent;  // even, so that the root scales by a power of two as well; 0 where the matrix is 0
     Vec<T> first, second, broken;
 
-    LaneScale(const T* entries, int64_t count) {
+    // Of the largest of `count` entries, which it makes less than 2^top, `top` even.
+    LaneScale(const T* entries, int64_t count, int top = 0) {
         constexpr typename Simd<T>::Int bias = std::numeric_limits<T>::max_exponent - 1;
         VecInt<T> best = {};
         for (int64_t k = 0; k < count; ++k) {
@@ -191,7 +192,7 @@ struct LaneScale {
         const Vec<T> size = (Vec<T>)best;
         broken = size - size;
         const VecInt<T> above = (best >> (std::numeric_limits<T>::digits - 1)) - bias + 1;  // 2^above > size
-        exponent = (best > 0) & (broken == Vec<T>{}) ? (above + 1) & ~typename Simd<T>::Int{1} : VecInt<T>{};
+        exponent = (best > 0) & (broken == Vec<T>{}) ? ((above + 1) & ~typename Simd<T>::Int{1}) - top : VecInt<T>{};
         const VecInt<T> half = -exponent >> 1;
         first = powers_of_two<T>(half);
         second = powers_of_two<T>(-exponent - half);
@@ -242,7 +243,7 @@ struct JacobiRoot {
     LaneScale<T> factorize(const SqrtmArgs<T>& args, int64_t begin, int64_t count) {
         const T* matrices = args.matrix + begin * n * n;
         load_lanes(matrices, n * n, count, n * n, result.data);
-        const LaneScale<T> scale(result.data, n * n);
+        const LaneScale<T> scale(result.data, n * n, kTop);
         for (int64_t i = 0; i < n; ++i) {
             for (int64_t j = 0; j <= i; ++j) {
                 const Vec<T> mean = T(0.5) * scale.apply(result.get(i, j)) + T(0.5) * scale.apply(result.get(j, i));
@@ -294,15 +295,32 @@ struct JacobiRoot {
     }
 
   private:
+    // Entries of A are scaled to 2^kTop, so that the squared norms of rows may be far apart: the square of the largest does not overflow
+    static constexpr int kTop = sizeof(T) == sizeof(float) ? 56 : 496;
+
     // Of pivots in any order one may be rounding that smaller ones before it have amplified. Where that can matter, a pivoted
     // factor says what the rank is, and the rows are made orthogonal again.
     void decide(const SqrtmArgs<T>& args, int64_t begin, int64_t count, const LaneScale<T>& scale) {
         const VecInt<T> doubtful = definite & near_rounding();
-        if (!any<T>(doubtful)) return;
-        for (int64_t l = 0; l < count; ++l) {
-            if (doubtful[l]) args.unsolved[begin + l] = factorize_one(args.matrix + (begin + l) * n * n, l, scale.exponent[l]);
+        if (any<T>(doubtful)) {
+            for (int64_t l = 0; l < count; ++l) {
+                if (doubtful[l]) args.unsolved[begin + l] = factorize_one(args.matrix + (begin + l) * n * n, l, scale.exponent[l]);
+            }
+            orthogonalize(basis, norms, n, doubtful);
         }
-        orthogonalize(basis, norms, n, doubtful);
+        const VecInt<T> lost = lost_rows();
+        for (int64_t l = 0; any<T>(lost) && l < count; ++l) args.unsolved[begin + l] |= lost[l] != 0;
+    }
+
+    // Lanes with rows so short that squares of their products vanish before these say that they are orthogonal.
+    VecInt<T> lost_rows() const {
+        const T least = std::sqrt(std::numeric_limits<T>::denorm_min()) / kDone<T>;
+        VecInt<T> lost = {};
+        for (int64_t k = 0; k < n; ++k) {
+            const Vec<T> norm = load(norms + k * width<T>);
+            lost |= (norm > Vec<T>{}) & (norm < least);
+        }
+        return lost;
     }
 
     // Lanes whose smallest eigenvalue is not well above the level of rounding: a pivot is at least the smallest eigenvalue of the

@@ -26,7 +26,8 @@ struct LaneRoot {
         const LaneScale<T> scale = work.factorize(args, begin, count);
         const Vec<T> zero = {}, upper = norm_bound();
         Vec<T> lower = lowest();
-        lower = work.definite ? lower : zero;
+        // of smaller ones the schedule does not take the direction to the end
+        lower = work.definite & (lower >= static_cast<T>(polar_schedule<T>().step->lowest) * upper) ? lower : zero;
         LanePolarIteration<T> it{work.a, work.result, Lanes<T>{reinterpret_cast<T*>(work.scratch), n}, n, n};
         for (int64_t k = 0; k < n * n; ++k) store(it.x.data + k * width<T>, load(work.basis.data + k * width<T>));
         iterate(it, upper, lower);

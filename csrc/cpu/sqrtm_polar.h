@@ -42,9 +42,10 @@ struct PolarRoot {
         return kind;
     }
 
-    // Of the eigenvalues of the root of 2^-exponent A; the lower one is 0 where A is not definite
+    // Of the eigenvalues of the root of 2^-exponent A; the lower one is 0 where A is not definite, or so small that the steps leave its
+    // direction of U unfinished: that does not matter to the root, but to its inverse and its gradient
     double upper_bound() const { return facts[1]; }
-    double lower_bound() const { return facts[2]; }
+    double lower_bound() const { return facts[2] >= kServed * facts[1] ? facts[2] : 0.0; }
 
     // out (n, n) = the result times `scale`, in the order of A
     void store(T* out, T scale) const {
@@ -56,6 +57,9 @@ struct PolarRoot {
     }
 
   private:
+    // Singular value of F over |F| that the schedule and the steps after it, each of at least 1.8 there, take to 1
+    static constexpr double kServed = polar_schedule<T>().step->lowest / 1000;
+
     void factorize(const T* a, int exponent, const Team& team) {
         if (team.rank == 0) {
             cholesky.read(a, exponent, 0);

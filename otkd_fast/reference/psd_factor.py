@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 PIVOT = {torch.float32: 0.25, torch.float64: 32.0}
+# Entries of the correlation matrix that the factor leaves may be this many units; beyond, A is indefinite.
+REST = {torch.float32: 16.0, torch.float64: 128.0}
 
 
 def symmetric(A: Tensor) -> Tensor:
@@ -87,3 +89,13 @@ def pivoted_cholesky(A: Tensor) -> Tensor:
         rest = (rest - column.square()).scatter(-1, index, 0)
     broken = ~wide.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     return torch.where(broken, torch.nan, columns * deviation.unsqueeze(-1))
+
+
+def is_indefinite(A: Tensor, F: Tensor) -> Tensor:
+    """(...,), bool: whether A has negative eigenvalues beyond rounding, F being :func:`pivoted_cholesky` of it."""
+    wide = symmetric(A)
+    deviation = wide.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    # beside a variance of 0 an entry has no correlation: there it is set against the largest entry
+    deviation = torch.where(deviation > 0, deviation, wide.abs().amax((-2, -1)).sqrt().unsqueeze(-1))
+    units = deviation.unsqueeze(-1) * deviation.unsqueeze(-2) * torch.finfo(A.dtype).eps
+    return ((wide - F @ F.mT).abs() > REST[A.dtype] * units).any(-1).any(-1)

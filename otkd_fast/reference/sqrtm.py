@@ -1,7 +1,7 @@
 """Square roots of symmetric positive semidefinite matrices and their adjoint, in plain PyTorch.
 
 'eigh' ('auto'): S = V sqrt(max(w, 0)) V^T. 'polar': A = F F^T by pivoted Cholesky and S = U^T F^T for the polar factor
-U of F^T. 'newton_schulz': the coupled cubic iteration of the literature (Higham, Functions of Matrices, 2008, eq.
+U of F^T; indefinite A by eigenvalues. 'newton_schulz': the coupled cubic iteration of the literature (Higham, Functions of Matrices, 2008, eq.
 6.35), kept for comparison; it needs A to be positive definite. The adjoint solves S X + X S = G in the eigenbasis of A;
 it never divides by the gaps of eigenvalues, as the derivative of eigenvectors does.
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .polar import STEPS, polar
-from .psd_factor import eigh, pivoted_cholesky, rounding_level, symmetric
+from .psd_factor import eigh, is_indefinite, pivoted_cholesky, rounding_level, symmetric
 
 ALGORITHMS = ("auto", "eigh", "polar", "newton_schulz")
 _NEWTON_SCHULZ_STEPS = 24
@@ -71,7 +71,12 @@ def _from_eigenbasis(basis: Tensor, inverse: bool) -> Tensor:
 
 def _polar(A: Tensor, inverse: bool) -> Tensor:
     F = pivoted_cholesky(A)
-    U, _ = polar(F.mT, STEPS[A.dtype])
+    indefinite = is_indefinite(A, F)[..., None, None]
+    return torch.where(indefinite, _from_eigenbasis(_eigenbasis(A, inverse), inverse), _from_factor(F, A.dtype, inverse))
+
+
+def _from_factor(F: Tensor, dtype: torch.dtype, inverse: bool) -> Tensor:
+    U, _ = polar(F.mT, STEPS[dtype])
     if not inverse:
         return symmetric(U.mT @ F.mT)
     # S^+ = (F^+)^T U, with F = Q R on the columns that are not 0

@@ -97,6 +97,16 @@ def test_slightly_indefinite_input_gives_the_semidefinite_root(backend, algorith
     assert_norm_close(S, root(A), root_tolerance(dtype, torch.inf))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend, algorithm", RUNS)
+def test_negative_eigenvalues_count_as_0(backend, algorithm, dtype, generator):
+    A = covariance("geometric 1e2", 7, generator=generator, batch=(8,)).to(dtype)
+    A[::2] -= 0.15 * torch.eye(7, dtype=dtype)
+    A[6, 3, 3] = 0  # beside entries that are not
+    S = otkd_fast.sqrtm(A, algorithm=algorithm, backend=backend)
+    assert_norm_close(S, root(A), 2 * root_tolerance(dtype, 1e2))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("backend, algorithm", RUNS)
