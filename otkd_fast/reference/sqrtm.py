@@ -1,9 +1,10 @@
 """Square roots of symmetric positive semidefinite matrices and their adjoint, in plain PyTorch.
 
 'eigh' ('auto'): S = V sqrt(max(w, 0)) V^T. 'polar': A = F F^T by pivoted Cholesky and S = U^T F^T for the polar factor
-U of F^T; indefinite A by eigenvalues. 'newton_schulz': the coupled cubic iteration of the literature (Higham, Functions of Matrices, 2008, eq.
-6.35), kept for comparison; it needs A to be positive definite. The adjoint solves S X + X S = G in the eigenbasis of A;
-it never divides by the gaps of eigenvalues, as the derivative of eigenvectors does.
+U of F^T; indefinite A by eigenvalues. 'newton_schulz': the coupled cubic iteration of the literature (Higham, Functions
+of Matrices, 2008, eq. 6.35), kept for comparison; it needs A to be positive definite. The adjoint solves S X + X S = G
+in the eigenbasis of A; it never divides by the gaps of eigenvalues, as the derivative of eigenvectors
+does.
 
 Small eigenvalues are taken for rounded zeros in two places: the inverse root leaves out directions up to eps |A|_F
 (pseudo-inverse), with eps of the dtype of A; in the adjoint of the root an entry of G between two of them, where the
@@ -71,8 +72,8 @@ def _from_eigenbasis(basis: Tensor, inverse: bool) -> Tensor:
 
 def _polar(A: Tensor, inverse: bool) -> Tensor:
     F = pivoted_cholesky(A)
-    indefinite = is_indefinite(A, F)[..., None, None]
-    return torch.where(indefinite, _from_eigenbasis(_eigenbasis(A, inverse), inverse), _from_factor(F, A.dtype, inverse))
+    by_values = _from_eigenbasis(_eigenbasis(A, inverse), inverse)
+    return torch.where(is_indefinite(A, F)[..., None, None], by_values, _from_factor(F, A.dtype, inverse))
 
 
 def _from_factor(F: Tensor, dtype: torch.dtype, inverse: bool) -> Tensor:
