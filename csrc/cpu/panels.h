@@ -25,6 +25,11 @@ constexpr int kTile = 2, kGroup = 1;
 #endif
 constexpr int64_t kDepth = 256;  // rows of B between two visits of a tile, so that a group of panels stays in cache
 
+// Terms that are summed one after the other. Equal terms are all rounded to one side: a sum of n is then off by up to n u / 3. So sums
+// of float are summed again, three levels with kDepth.
+template <class T>
+constexpr int64_t kRun = sizeof(T) == sizeof(float) ? 16 : kDepth;
+
 constexpr double kNormMargin = 1.001;
 
 template <class T>
@@ -113,15 +118,23 @@ void tile(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t i,
           const Finish& finish) {
     const int64_t stride = a.stride();
     const T* left = a.data + (kTransposeA ? i / kPanel<T> * stride + i % kPanel<T> : i * kPanel<T>);
-    Vec<T> acc[kTile][kPanels * kPanelVectors<T>];
-    for (int r = 0; r < kTile; ++r) {
-        for (int v = 0; v < kPanels * kPanelVectors<T>; ++v) acc[r][v] = Vec<T>{};
+    constexpr int kVectors = kPanels * kPanelVectors<T>;
+    Vec<T> sums[kTile][kVectors];
+    for (int64_t k = slice.begin, end; k < slice.end; k = end) {
+        end = k + kRun<T> < slice.end ? k + kRun<T> : slice.end;
+        Vec<T> acc[kTile][kVectors];
+        for (int r = 0; r < kTile; ++r) {
+            for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec<T>{};
+        }
+        accumulate<T, kTransposeA, kPanels>(left, b.data + p * stride, stride, k, end, acc);
+        for (int r = 0; r < kTile; ++r) {
+            for (int v = 0; v < kVectors; ++v) sums[r][v] = k == slice.begin ? acc[r][v] : sums[r][v] + acc[r][v];
+        }
     }
-    accumulate<T, kTransposeA, kPanels>(left, b.data + p * stride, stride, slice.begin, slice.end, acc);
     for (int r = 0; r < kTile; ++r) {
-        for (int v = 0; v < kPanels * kPanelVectors<T>; ++v) {
+        for (int v = 0; v < kVectors; ++v) {
             const int64_t offset = (p + v / kPanelVectors<T>) * stride + (i + r) * kPanel<T> + v % kPanelVectors<T> * width<T>;
-            Vec<T> sum = acc[r][v];
+            Vec<T> sum = sums[r][v];
             if (!slice.first) sum += load(c.data + offset);
             store(c.data + offset, slice.last ? finish(sum, offset) : sum);
         }
