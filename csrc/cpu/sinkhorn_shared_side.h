@@ -110,9 +110,9 @@ void update_side(const Side<S>& side, const S* sums, S* operand, int64_t lanes, 
                 bad |= ~((scaling >= low) & (scaling <= high));
             }
             add_to(out_of_range + lane, bad & moves ? one : zero);
-            scaling = moves ? scaling : old;
-            store_double(side.scaling + k, scaling);
-            store_double(operand + k, mass * scaling);
+            store_double(side.scaling + k, moves ? scaling : old);
+            // of the rounded scaling, as in the iterations after the problem has stopped: its neighbours decide how many there are
+            store_double(operand + k, mass * load_double(side.scaling + k));
             if (side.inverse) store_double(side.inverse + k, moves ? inverse : load_double(side.inverse + k));
         }
     }

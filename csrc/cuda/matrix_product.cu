@@ -1,8 +1,8 @@
 // Products of a batch of matrices, any size and strides, in the full precision of the type (float, double).
 //
 // A block has a tile of 64 x 64, a thread 4 x 4 of it; 16 of the depth at a time go through shared memory. 2 n m k operations,
-// n m k / 32 elements read. Sums run over blocks of kSumDepth terms, then over blocks. A^T A comes out exactly symmetric:
-// both entries are the same sum of the same products.
+// n m k / 32 elements read. Sums of each 16 are added up: equal terms round to one side, more so the more are in a row. A^T A comes out
+// exactly symmetric: both entries are the same sum of the same products.
 #include "matrix_product.h"
 
 #include "runtime.h"
@@ -11,7 +11,7 @@ namespace otkd_fast {
 namespace cuda {
 namespace {
 
-constexpr int kTile = 64, kStage = 16, kThreads = 256, kSumDepth = 256, kLine = kTile + 1;
+constexpr int kTile = 64, kStage = 16, kThreads = 256, kLine = kTile + 1;
 
 // to (kStage, kLine): entries of `kTile` lines from `first` on, lines and depth `line` and `depth` elements apart; 0 beyond the ends.
 template <class T>
@@ -47,11 +47,12 @@ OTKD_KERNEL(kThreads) product_tile(OTKD_CONSTANT ProductArgs<T> args) {
     if (args.steps && args.steps[index] <= args.step) return;
     const T *a = args.a + index * args.a_batch, *b = args.b + index * args.b_batch;
     const int tx = thread_id() % 16, ty = thread_id() / 16;
-    T total[4][4] = {}, part[4][4] = {};
+    T total[4][4] = {};
     for (int64_t k0 = 0; k0 < args.k; k0 += kStage) {
         stage(a, args.a_row, args.a_depth, i0, args.n, k0, args.k, left);
         stage(b, args.b_column, args.b_depth, j0, args.m, k0, args.k, right);
         barrier();
+        T part[4][4] = {};
         OTKD_UNROLL
         for (int k = 0; k < kStage; ++k) {
             T own[4], other[4];
@@ -67,14 +68,10 @@ OTKD_KERNEL(kThreads) product_tile(OTKD_CONSTANT ProductArgs<T> args) {
             }
         }
         barrier();
-        if (k0 % kSumDepth != kSumDepth - kStage && k0 + kStage < args.k) continue;
         OTKD_UNROLL
         for (int r = 0; r < 4; ++r) {
             OTKD_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                total[r][c] += part[r][c];
-                part[r][c] = 0;
-            }
+            for (int c = 0; c < 4; ++c) total[r][c] += part[r][c];
         }
     }
     OTKD_UNROLL

@@ -50,12 +50,12 @@ def test_gradients(backend, gradient, options, generator):
             assert_close(got, want, "sinkhorn", "gradient", context=f"{dtype} {name}")
 
 
-@pytest.mark.parametrize("tol", [0.0, 1e-3])
+@pytest.mark.parametrize("tol", [0.0, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("side", [0, 1])
 def test_nan_masses_show_in_their_problem(side, tol, generator):
-    """The op by itself: the public function looks at masses where it may."""
+    """The op by itself: the public function looks at masses where it may. Others do not mind that the loop goes on."""
     cost, *masses = (tensor.float() for tensor in problem(19, 9, 12, generator))
-    options = (None, None, EPSILON, 10, tol, 1.0, math.inf, math.inf, True, 0)
+    options = (None, None, EPSILON, 100, tol, 1.0, math.inf, math.inf, True, 0)
     solve = operators("sinkhorn_shared_fwd")["cpu"]
     expected = solve(cost, *masses, *options)
     masses[side][7, 3] = torch.nan
