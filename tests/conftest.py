@@ -13,6 +13,7 @@ import torch  # noqa: E402
 
 def pytest_addoption(parser):
     parser.addoption("--triton", action="store_true", help="run the tests on the Triton kernels, too (slow)")
+    parser.addoption("--instruction-set", metavar="NAME", help="of the CPU kernels: baseline, avx2 or avx512")
 
 
 def pytest_configure(config):
@@ -22,6 +23,10 @@ def pytest_configure(config):
 
         _TESTED.append("triton")
         repair_rounding()
+    if name := config.getoption("--instruction-set"):
+        from otkd_fast import _native
+
+        _native.module.set_instruction_set(name)
 
 
 @pytest.fixture(autouse=True)
