@@ -38,7 +38,7 @@ OTKD_DEVICE T finished(const ProductArgs<T>& args, int64_t index, int64_t i, int
 }
 
 template <class T>
-OTKD_KERNEL(kThreads) product_tile(OTKD_CONSTANT ProductArgs<T> args) {
+OTKD_KERNEL(kThreads, 16 / sizeof(T)) product_tile(OTKD_CONSTANT ProductArgs<T> args) {
     T* left = reinterpret_cast<T*>(shared_memory());  // (kStage, kLine)
     T* right = left + kStage * kLine;
     const uint32_t columns = (args.m + kTile - 1) / kTile, rows = (args.n + kTile - 1) / kTile, block = block_id();
