@@ -119,7 +119,7 @@ void tile(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t i,
     const int64_t stride = a.stride();
     const T* left = a.data + (kTransposeA ? i / kPanel<T> * stride + i % kPanel<T> : i * kPanel<T>);
     constexpr int kVectors = kPanels * kPanelVectors<T>;
-    Vec<T> sums[kTile][kVectors];
+    Vec<T> sums[kTile][kVectors] = {};
     for (int64_t k = slice.begin, end; k < slice.end; k = end) {
         end = k + kRun<T> < slice.end ? k + kRun<T> : slice.end;
         Vec<T> acc[kTile][kVectors];
@@ -128,7 +128,7 @@ void tile(const Panels<T>& a, const Panels<T>& b, const Panels<T>& c, int64_t i,
         }
         accumulate<T, kTransposeA, kPanels>(left, b.data + p * stride, stride, k, end, acc);
         for (int r = 0; r < kTile; ++r) {
-            for (int v = 0; v < kVectors; ++v) sums[r][v] = k == slice.begin ? acc[r][v] : sums[r][v] + acc[r][v];
+            for (int v = 0; v < kVectors; ++v) sums[r][v] += acc[r][v];
         }
     }
     for (int r = 0; r < kTile; ++r) {
