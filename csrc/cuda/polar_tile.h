@@ -21,7 +21,8 @@ struct PolarSteps {
 // kGrid x kGrid threads; each has every kGrid-th row and column, up to kTile of them.
 template <class T, int kGrid, int kTile>
 struct PolarTile {
-    static constexpr int kThreads = kGrid * kGrid, kSize = kGrid * kTile;
+    static constexpr int kThreads = kGrid * kGrid, kSize = kGrid * kTile, kRun = 16;
+    static constexpr int kPart = kTile < 10 ? kTile : kTile / 2;  // columns whose runs are summed at a time: registers have no place for more
 
     const PolarArgs<T>& args;
     const int n, m, rows, columns, ld, tx, ty;
@@ -113,7 +114,7 @@ struct PolarTile {
     }
 
     // acc = L R, L (lines, depth) with entry (i, k) at i * line + k * step, R (depth, columns) with rows of ld. Rows and columns beyond
-    // the ends are taken from inside, and not used.
+    // the ends are taken from inside, and not used. Sums of float are sums of kRun terms, added up: equal terms round to one side.
     OTKD_DEVICE void accumulate(const T* left, int line, int step, const T* right, int depth, int lines) {
         int own[kTile], other[kTile];
         OTKD_UNROLL
@@ -123,17 +124,40 @@ struct PolarTile {
             OTKD_UNROLL
             for (int k = 0; k < kTile; ++k) acc[r][k] = 0;
         }
+        if constexpr (sizeof(T) == sizeof(double)) {
+            add_products<kTile>(left, own, step, right, other, 0, depth, acc);
+        } else {
+            OTKD_UNROLL
+            for (int first = 0; first < kTile; first += kPart) {
+                OTKD_ROLLED
+                for (int begin = 0; begin < depth; begin += kRun) {
+                    T run[kTile][kPart] = {};
+                    add_products<kPart>(left, own, step, right, other + first, begin, smaller(begin + kRun, depth), run);
+                    OTKD_UNROLL
+                    for (int r = 0; r < kTile; ++r) {
+                        OTKD_UNROLL
+                        for (int k = 0; k < kPart; ++k) acc[r][first + k] += run[r][k];
+                    }
+                }
+            }
+        }
+    }
+
+    // sums += the products of this thread's rows and kColumns of its columns, over the depth [begin, end)
+    template <int kColumns>
+    OTKD_DEVICE void add_products(const T* left, const int* own, int step, const T* right, const int* other, int begin, int end,
+                                  T (&sums)[kTile][kColumns]) {
         OTKD_ROLLED
-        for (int d = 0; d < depth; ++d) {
-            T one[kTile], two[kTile];
+        for (int d = begin; d < end; ++d) {
+            T one[kTile], two[kColumns];
             OTKD_UNROLL
             for (int r = 0; r < kTile; ++r) one[r] = left[own[r] + d * step];
             OTKD_UNROLL
-            for (int k = 0; k < kTile; ++k) two[k] = right[other[k] + d * ld];
+            for (int k = 0; k < kColumns; ++k) two[k] = right[other[k] + d * ld];
             OTKD_UNROLL
             for (int r = 0; r < kTile; ++r) {
                 OTKD_UNROLL
-                for (int k = 0; k < kTile; ++k) acc[r][k] += one[r] * two[k];
+                for (int k = 0; k < kColumns; ++k) sums[r][k] += one[r] * two[k];
             }
         }
     }

@@ -205,3 +205,16 @@ def test_the_order_of_threads_does_not_matter(where, guarded, emulated, generato
         results.append(root_and_gradient(A, guarded, generator.manual_seed(1), inverse))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("d, limit", [(64, 99), (80, 99), (112, 227), (150, 227), (162, 227)])
+def test_equal_terms(d, limit, emulated):
+    """I + rho 1 1^T, all of whose sums are rounded to one side: by the tiles of polar_tile.h and by products."""
+    emulated.set_shared_limit(limit * 1024)
+    for rho in (10.0, 25.0, 63.0):
+        A = torch.eye(d) + rho
+        own, shared = float(A[0, 0]) - float(A[0, 1]), float(A[0, 1])
+        low, high = own**0.5, (own + d * shared) ** 0.5
+        root = low * torch.eye(d, dtype=torch.float64) + (high - low) / d
+        S, _ = _fwd_cuda(A.unsqueeze(0), False, "polar")
+        assert_norm_close(S[0], root, root_tolerance(A.dtype, 1 + d * shared / own), context=f"{rho}")
