@@ -77,3 +77,22 @@ def test_gradients_are_finite(backend, algorithm, inverse, generator):
             weight = torch.randn(A.shape, generator=generator)
             (grad,) = torch.autograd.grad(S, A, weight)
             assert grad.isfinite().all() and torch.equal(grad, grad.mT), (d, span)
+
+
+@pytest.mark.parametrize("algorithm", ["jacobi", "polar"])
+def test_gradients_have_every_direction_or_those_above_rounding(algorithm, generator):
+    """As the inverse roots: each is that of every direction, or that by eigenvalues."""
+    for d in (4, 8, 24) if algorithm == "jacobi" else (4, 8, 24, 28):
+        for span in (8, 9, 10, 12, 14, 16, 20, 24):
+            A = graded(d, span, torch.float32, generator)
+            weight = torch.randn(A.shape, generator=generator)
+
+            def gradient(A, algorithm, weight=weight):
+                leaf = A.clone().requires_grad_()
+                S = otkd_fast.sqrtm(leaf, algorithm=algorithm)
+                return torch.autograd.grad(S, leaf, weight.to(A.dtype))[0].double()
+
+            actual, some = gradient(A, algorithm), gradient(A, "eigh")
+            every = gradient(A.double(), "jacobi" if d <= 24 else "polar")
+            for got, *expected in zip(actual, every, some, strict=True):
+                assert min((got - X).norm() / X.norm() for X in expected) < 2e-3, (d, span)
