@@ -136,6 +136,15 @@ def covariance(
     return (matrix + matrix.mT) / 2
 
 
+def equicorrelated(rho: float, d: int) -> tuple[Tensor, Tensor, float]:
+    """I + rho 1 1^T (d, d) in float32; of its entries as rounded, the root in float64 and the condition number."""
+    A = torch.eye(d) + torch.tensor(rho)
+    own, shared = float(A[0, 0]) - float(A[0, 1]), float(A[0, 1])
+    low, high = own**0.5, (own + d * shared) ** 0.5
+    root = low * torch.eye(d, dtype=torch.float64) + (high - low) / d
+    return A, root, 1 + d * shared / own
+
+
 def feature_rows(*shape: int, generator: torch.Generator, mixing: Tensor | None = None) -> Tensor:
     """Rows (..., n, d) like those of a network's layer: rectified, correlated, spectrum of a power law.
 

@@ -5,7 +5,7 @@ import torch
 
 import otkd_fast
 from otkd_fast.ops.sqrtm import _fwd_cuda
-from otkd_fast.testing import assert_norm_close, root_tolerance, tolerance
+from otkd_fast.testing import assert_norm_close, equicorrelated, root_tolerance, tolerance
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -212,9 +212,6 @@ def test_equal_terms(d, limit, emulated):
     """I + rho 1 1^T, all of whose sums are rounded to one side: by the tiles of polar_tile.h and by products."""
     emulated.set_shared_limit(limit * 1024)
     for rho in (10.0, 25.0, 63.0):
-        A = torch.eye(d) + rho
-        own, shared = float(A[0, 0]) - float(A[0, 1]), float(A[0, 1])
-        low, high = own**0.5, (own + d * shared) ** 0.5
-        root = low * torch.eye(d, dtype=torch.float64) + (high - low) / d
+        A, root, condition = equicorrelated(rho, d)
         S, _ = _fwd_cuda(A.unsqueeze(0), False, "polar")
-        assert_norm_close(S[0], root, root_tolerance(A.dtype, 1 + d * shared / own), context=f"{rho}")
+        assert_norm_close(S[0], root, root_tolerance(A.dtype, condition), context=f"{rho}")

@@ -1,4 +1,4 @@
-"""Roots, polar factors and distances on every instruction set that this processor has."""
+"""Roots on every instruction set that this processor has; tests/dispatch/test_instruction_sets.py: the others."""
 
 import pytest
 import torch
@@ -35,17 +35,3 @@ def test_roots_and_gradients(instruction_set, dtype, generator):
             assert torch.equal(S, S.mT) and torch.equal(grad, grad.mT), context
             assert_norm_close(S.detach(), expected, 2 * root_tolerance(dtype, 1e2), context=context)
             assert_norm_close(grad, gradient, tolerance("sqrtm", "gradient", dtype).rtol, context=context)
-
-
-@pytest.mark.parametrize("instruction_set", instruction_sets())
-def test_distances(instruction_set, generator):
-    for n, d in ((12, 20), (40, 70), (70, 40)):
-        x, y = (torch.randn(2, n, d, generator=generator).requires_grad_() for _ in range(2))
-        wide = [leaf.detach().double().requires_grad_() for leaf in (x, y)]
-        with use_instruction_set(instruction_set):
-            actual = otkd_fast.gaussian_wasserstein_from_samples(x, y)
-            grads = torch.autograd.grad(actual.sum(), (x, y))
-        expected = otkd_fast.gaussian_wasserstein_from_samples(*wide, backend="reference")
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
-        for grad, exact in zip(grads, torch.autograd.grad(expected.sum(), wide), strict=True):
-            assert_norm_close(grad, exact, 1e-4, context=f"{n}, {d}")

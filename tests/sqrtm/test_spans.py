@@ -24,8 +24,6 @@ def test_roots(backend, algorithm, span, generator):
     """The error of S is that of a well conditioned matrix, or twice it."""
     for d in (8, 20, 28, 100):
         A = graded(d, span, torch.float32, generator, (16 if d < 30 else 2,))
-        if backend == "cpu" and algorithm == "jacobi" and d > 24:
-            continue
         S = otkd_fast.sqrtm(A, algorithm=algorithm, backend=backend)
         assert_norm_close(S, root(A), 2 * root_tolerance(A.dtype, 1), context=f"{d}")
 
@@ -69,14 +67,12 @@ def test_inverse_roots_have_every_direction_or_those_above_rounding(algorithm, g
 @pytest.mark.parametrize("backend, algorithm", COMPILED)
 def test_gradients_are_finite(backend, algorithm, inverse, generator):
     for d in (8, 20, 28, 100):
-        if backend == "cpu" and algorithm == "jacobi" and d > 24:
-            continue
         for span in (12, 20) if inverse else (12, 20, 30):  # a gradient of the inverse grows as its cube
             A = graded(d, span, torch.float32, generator, (4,)).requires_grad_()
             S = otkd_fast.sqrtm(A, inverse=inverse, algorithm=algorithm, backend=backend)
             weight = torch.randn(A.shape, generator=generator)
             (grad,) = torch.autograd.grad(S, A, weight)
-            assert grad.isfinite().all() and torch.equal(grad, grad.mT), (d, span)
+            assert grad.isfinite().all() and torch.equal(grad, grad.mT) and grad.any(), (d, span)
 
 
 @pytest.mark.parametrize("algorithm", ["jacobi", "polar"])
